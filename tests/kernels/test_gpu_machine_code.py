@@ -18,7 +18,8 @@ from halfbyte.kernels.cuda_config import define_macros
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
-from halfbyte.kernels.triton_configs import TritonConfig
+from halfbyte.kernels.triton_configs import RULES, TritonConfig, next_power_of_two
+from halfbyte.kernels.triton_experts import MAX_TILE, count_row_blocks
 
 triton = pytest.importorskip("triton")
 
@@ -188,6 +189,61 @@ def test_triton_kernel_with_two_groups_in_a_step(tmp_path):
     assert count(found, "LDL", "STL", "I2F", "I2FP") == 0
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_triton_kernel_of_experts(architecture, rows, tmp_path):
+    rule = RULES[rows]
+    config = TritonConfig(rule.block_out, rule.block_rows, 2, rule.warps, rule.stages)
+    alone = disassemble(compile_triton(architecture, config, zeros=True), tmp_path)
+    found = disassemble(compile_triton(architecture, config, zeros=True, experts=True), tmp_path)
+    # On sm_80 one register is kept in memory during the loop.
+    steps = found if architecture == "sm_90" else find_loop(found)
+    assert count(steps, "LDL", "STL") == 0, "registers are spilled"
+    # Addresses from a table are as good as addresses from arguments.
+    assert any(name.startswith("LDGSTS") and "128" in name for name in found)
+    for names in (("HGMMA", "HMMA"), ("LDGSTS",), ("STS",)):
+        assert count(found, *names) == count(alone, *names)
+    if architecture == "sm_90":
+        assert count(found, "ACQBULK", "PREEXIT") == 2, "no early start of the next launch"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_around_the_experts(architecture, tmp_path):
+    from halfbyte.kernels import triton_expert_kernels as kernels
+
+    for tokens, experts in ((1, 512), (16, 256), (MAX_TILE // 64, 64)):
+        sizes = {"PER_TOKEN": 8, "BLOCK_ROWS": 16, "TOKENS": tokens, "EXPERTS": experts}
+        found = disassemble(
+            compile_kernel(
+                kernels.route_kernel,
+                sizes | {"BLOCKS": next_power_of_two(count_row_blocks(8 * tokens, experts, 16))},
+                {"experts": "*i64"}
+                | dict.fromkeys(("block_experts", "block_counts", "sources", "places"), "*i32")
+                | dict.fromkeys(("tokens", "num_experts", "row_blocks"), "i32"),
+                architecture,
+                unaligned=("tokens", "num_experts", "row_blocks"),
+                num_warps=8,
+            ),
+            tmp_path,
+        )
+        assert count(found, "LDL", "STL") == 0, "registers are spilled"
+    early = architecture == "sm_90"
+    found = disassemble(
+        compile_kernel(
+            kernels.combine_kernel,
+            {"PER_TOKEN": 8, "BLOCK": 512, "EARLY": early},
+            dict.fromkeys(("parts", "weights", "result"), "*bf16")
+            | {"places": "*i32", "width": "i32"},
+            architecture,
+            num_warps=4,
+            **({"launch_pdl": True} if early else {}),
+        ),
+        tmp_path,
+    )
+    assert count(found, "LDL", "STL") == 0
+    assert all("64" in name or "128" in name for name in found if name.startswith("STG"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -272,31 +328,39 @@ def compile_triton(
     zeros: bool,
     group_size: int = 128,
     bits: int = 4,
+    experts: bool = False,
 ) -> bytes:
     """Compile the product ahead of time."""
     from halfbyte.kernels.triton_kernels import multiply_kernel
 
+    early = experts and architecture == "sm_90"
+    routed = ("addresses", "block_experts", "block_counts", "sources")
     constants = {
         "BITS": bits,
         "GROUP_SIZE": group_size,
         "HAS_ZEROS": zeros,
         "HAS_ORDER": False,
         "HAS_BIAS": False,
+        "HAS_EXPERTS": experts,
+        "HAS_SOURCES": experts,
         "FAST": True,
         "BLOCK_OUT": config.block_out,
         "BLOCK_ROWS": config.block_rows,
         "SPLITS": config.splits,
         "STAGES": config.stages,
+        "EARLY": early,
         "order": None,
         "bias": None,
     }
     constants |= {} if zeros else {"zeros": None}
+    constants |= {} if experts else dict.fromkeys(routed)
     constants |= {} if config.splits > 1 else {"workspace": None, "arrivals": None}
     types = {
         "x": "*bf16",
         "codes": "*i32",
         "zeros": "*u8",
         "scales": "*fp16",
+        **(dict.fromkeys(routed, "*i32") | {"addresses": "*i64"} if experts else {}),
         "result": "*bf16",
         "workspace": "*fp32",
         "arrivals": "*i32",
@@ -313,6 +377,7 @@ def compile_triton(
         unaligned=("rows", "steps_each"),
         num_warps=config.warps,
         num_stages=config.stages,
+        **({"launch_pdl": True} if early else {}),
     )
 
 

@@ -23,8 +23,10 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
+from halfbyte.model.experts import UnfusedExperts
 from halfbyte.nn.decoder_parts import find_drift, make_probe_tokens
 from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
+from halfbyte.nn.grouped_experts import find_grouping_obstacle
 
 PROBE_TOKENS = 8
 """Tokens of the probe prompt on which a step is compared with the model's forward."""
@@ -251,6 +253,10 @@ def find_cache_obstacle(model: PreTrainedModel) -> str | None:
     """Return why a model's cache cannot be used in a CUDA graph; None if it can."""
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"Transformers does not offer a static cache for a {type(model).__name__}"
+    for module in model.modules():
+        reason = find_grouping_obstacle(module) if isinstance(module, UnfusedExperts) else None
+        if reason is not None:
+            return f"which experts run is decided on the CPU, because {reason}"
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1)
     others = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
     if others:

@@ -84,6 +84,11 @@ def starts_early(device: torch.device) -> bool:
     return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def early_options(device: torch.device) -> dict[str, bool]:
+    """Return the launch options of a Triton kernel that can use programmatic dependent launch."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}
+
+
 @functools.cache
 def is_nvidia(device: torch.device) -> bool:
     """Whether the device is an NVIDIA GPU."""

@@ -75,6 +75,27 @@ def choose_config(
     return TritonConfig(rule.block_out, rule.block_rows, splits, rule.warps, rule.stages)
 
 
+def choose_experts_config(
+    num_processors: int, in_features: int, out_features: int, row_blocks: int, block_rows: int
+) -> TritonConfig:
+    """Choose the tile sizes of the products of a mixture of experts, by the same rules.
+
+    Args:
+        num_processors: Multiprocessors of the device.
+        in_features: Inputs of each expert.
+        out_features: Outputs of each expert.
+        row_blocks: Blocks of rows, each of one expert.
+        block_rows: Rows per block, a key of RULES.
+
+    Returns:
+        The configuration.
+    """
+    rule = RULES[block_rows]
+    programs = -(-out_features // rule.block_out) * row_blocks
+    splits = choose_splits(programs, in_features // 64, rule.programs * num_processors)
+    return TritonConfig(rule.block_out, block_rows, splits, rule.warps, rule.stages)
+
+
 def choose_splits(programs: int, steps: int, wanted: float) -> int:
     """Choose how many programs split a channel's inputs.
 
@@ -91,3 +112,8 @@ def choose_splits(programs: int, steps: int, wanted: float) -> int:
     while splits < MAX_SPLITS and programs * splits < wanted and steps // (2 * splits) >= MIN_STEPS:
         splits *= 2
     return splits
+
+
+def next_power_of_two(number: int) -> int:
+    """Return the smallest power of two that is at least a number, as sizes of tiles must be."""
+    return 1 << (number - 1).bit_length()

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.gpu_device import (
     count_processors,
+    early_options,
     find_arrivals,
     on_device,
-    starts_early,
 )
+from halfbyte.kernels.triton_configs import next_power_of_two
 
 MIN_DOT_ROWS = 16
 """Minimum rows of a ``tl.dot``."""
@@ -70,9 +70,9 @@ def add_norm(
             width,
             epsilon,
             HAS_DELTA=delta is not None,
-            BLOCK=_power_of_two(width),
-            num_warps=min(max(_power_of_two(width) // 512, 1), 16),
-            **_early(x.device),
+            BLOCK=next_power_of_two(width),
+            num_warps=min(max(next_power_of_two(width) // 512, 1), 16),
+            **early_options(x.device),
         )
     return total, result
 
@@ -93,7 +93,7 @@ def gate(gate_up: Tensor) -> Tensor:
     block = 256
     with on_device(gate_up.device):
         gate_kernel[(-(-width // block), rows)](
-            gate_up, result, width, BLOCK=block, num_warps=2, **_early(gate_up.device)
+            gate_up, result, width, BLOCK=block, num_warps=2, **early_options(gate_up.device)
         )
     return result
 
@@ -157,14 +157,14 @@ def attend(
             WIDTH=shape.width,
             ROTARY=rotary[0].shape[-1],
             HAS_NORMS=norms is not None,
-            ROWS=max(_power_of_two(shape.heads // shape.key_heads), MIN_DOT_ROWS),
+            ROWS=max(next_power_of_two(shape.heads // shape.key_heads), MIN_DOT_ROWS),
             BLOCK=BLOCK_POSITIONS,
-            BLOCK_WIDTH=max(_power_of_two(shape.width), MIN_DOT_ROWS),
+            BLOCK_WIDTH=max(next_power_of_two(shape.width), MIN_DOT_ROWS),
             PAGE=keys.shape[2] if tables.shape[1] > 1 else 0,
             SPLITS=splits,
             num_warps=4,
             num_stages=3,
-            **_early(qkv.device),
+            **early_options(qkv.device),
         )
     return result
 
@@ -182,12 +182,3 @@ def choose_splits(device: torch.device, programs: int) -> int:
     """
     splits = min(max(count_processors(device) // programs, 1), MAX_SPLITS)
     return 1 << (splits.bit_length() - 1)
-
-
-def _early(device: torch.device) -> dict[str, Any]:
-    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}
-
-
-def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is at least a number."""
-    return 1 << (number - 1).bit_length()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # A word holds the codes of four registers of the A operand; 0xEA is (a & b) | c. ``pack`` stays 1:
 # which words Triton would pack together depends on its layout.
@@ -162,6 +163,10 @@ def multiply_kernel(
     scales,
     order,
     bias,
+    addresses,
+    block_experts,
+    block_counts,
+    sources,
     result,
     workspace,
     arrivals,
@@ -174,19 +179,48 @@ def multiply_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_EXPERTS: tl.constexpr,
+    HAS_SOURCES: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Write result [rows, out] = x [rows, in] @ weight.T + bias, for BLOCK_OUT channels."""
+    """Write result [rows, out] = x [rows, in] @ weight.T + bias, for BLOCK_OUT channels.
+
+    HAS_EXPERTS: each block of rows has a weight of its own, that of an expert. Its tensors are at
+    ``addresses`` [experts, 5]; ``codes``, ``zeros``, … only tell their types. Of block ``b`` only
+    the first ``block_counts[b]`` rows are computed. HAS_SOURCES: row ``m`` of the result is that of
+    row ``sources[m]`` of x. EARLY: as in :mod:`halfbyte.kernels.triton_decode_kernels`.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
     first = tl.program_id(0) * BLOCK_OUT
     split = tl.program_id(1)
     first_row = tl.program_id(2) * BLOCK_ROWS
     n = first + tl.arange(0, BLOCK_OUT)
     m = first_row + tl.arange(0, BLOCK_ROWS)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    end_row = rows
+    if HAS_EXPERTS:
+        end_row = first_row + tl.load(block_counts + tl.program_id(2))
+        if end_row == first_row:
+            return
+        entry = addresses + tl.load(block_experts + tl.program_id(2)) * 5
+        codes = _load_pointer(entry, codes)
+        scales = _load_pointer(entry + 2, scales)
+        if HAS_ZEROS:
+            zeros = _load_pointer(entry + 1, zeros)
+        if HAS_ORDER:
+            order = _load_pointer(entry + 3, order)
+        if HAS_BIAS:
+            bias = _load_pointer(entry + 4, bias)
+    x_rows = m
+    if HAS_SOURCES:
+        x_rows = tl.load(sources + m, mask=m < end_row, other=0)
     begin = split * steps_each
     end = tl.minimum(begin + steps_each, in_features // 64)
     total = tl.full((BLOCK_OUT, BLOCK_ROWS), 0.0, tl.float32)
@@ -207,8 +241,8 @@ def multiply_kernel(
         k = step * 64 + tl.arange(0, 64)
         if HAS_ORDER:
             k = tl.load(order + k)
-        place = x + m[None, :] * in_features + k[:, None]
-        columns = tl.load(place, mask=(m < rows)[None, :], other=0.0)
+        place = x + x_rows[None, :] * in_features + k[:, None]
+        columns = tl.load(place, mask=(m < end_row)[None, :], other=0.0)
         if GROUP_SIZE >= 64:
             scale = tl.load(
                 scales + (step * 64) // GROUP_SIZE * out_features + n,
@@ -226,7 +260,7 @@ def multiply_kernel(
             high_scale = tl.load(place + out_features, mask=n < out_features, other=0.0)
             total += tl.dot(low, low_columns) * low_scale.to(tl.float32)[:, None]
             total += tl.dot(high, high_columns) * high_scale.to(tl.float32)[:, None]
-    inside = (n < out_features)[:, None] & (m < rows)[None, :]
+    inside = (n < out_features)[:, None] & (m < end_row)[None, :]
     place = m[None, :] * out_features + n[:, None]
     if SPLITS == 1:
         _finish(total, bias, result, place, inside, n, out_features, HAS_BIAS)
@@ -243,6 +277,12 @@ def multiply_kernel(
                 source = workspace + other * rows * out_features + place
                 total += tl.load(source, mask=inside, other=0.0, cache_modifier=".cg")
             _finish(total, bias, result, place, inside, n, out_features, HAS_BIAS)
+
+
+@triton.jit
+def _load_pointer(address, like):
+    """Load a pointer of the same type as another; tensors start at multiples of 16 bytes."""
+    return tl.multiple_of(tl.load(address).to(like.dtype), 16)
 
 
 @triton.jit

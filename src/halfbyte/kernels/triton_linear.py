@@ -31,6 +31,7 @@ from halfbyte.kernels.fragments import (
 )
 from halfbyte.kernels.gpu_device import (
     count_processors,
+    early_options,
     find_arrivals,
     find_gpu_obstacle,
     is_nvidia,
@@ -143,12 +144,47 @@ def multiply(
     Returns:
         [rows, out].
     """
+    result = rows.new_empty(rows.shape[0], spec.out_features)
+    launch_multiply(rows, operands, bias, result, spec, config, fast=fast)
+    return result
+
+
+def launch_multiply(
+    x: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    result: Tensor,
+    spec: LinearSpec,
+    config: TritonConfig,
+    *,
+    fast: bool | None = None,
+    early: bool = False,
+    addresses: Tensor | None = None,
+    block_experts: Tensor | None = None,
+    block_counts: Tensor | None = None,
+    sources: Tensor | None = None,
+) -> None:
+    """Launch the product of packed codes.
+
+    Args:
+        x: [rows, in], contiguous.
+        operands: As returned by ``prepare``; with ``addresses`` those of any expert.
+        bias: [out] or None; with ``addresses`` that of any expert.
+        result: [rows, out], is filled.
+        spec: The layer.
+        config: Tile sizes.
+        fast: Whether to use NVIDIA's instructions; None: if the device is an NVIDIA GPU.
+        early: Use programmatic dependent launch where the device has it.
+        addresses: int64 [experts, 5], addresses of each expert's codes, zeros, scales, order and
+            bias; None if all rows have the same weight.
+        block_experts: int32 [row blocks], the expert of each block of rows.
+        block_counts: int32 [row blocks], how many rows of each block are computed.
+        sources: int32 [rows], row of x for each row of the result; None if they are the same.
+    """
     from halfbyte.kernels.triton_kernels import multiply_kernel
 
-    count = rows.shape[0]
-    result = rows.new_empty(count, spec.out_features)
+    count, device = result.shape[0], x.device
     steps = spec.in_features // 64
-    steps_each = -(-steps // config.splits)
     grid = (
         -(-spec.out_features // config.block_out),
         config.splits,
@@ -157,37 +193,43 @@ def multiply(
     zeros, order = find_zeros(operands, spec), find_order(operands, spec)
     workspace = arrivals = None
     if config.splits > 1:
-        workspace = rows.new_empty(config.splits, count, spec.out_features, dtype=torch.float32)
-        arrivals = find_arrivals(rows.device)
-    with on_device(rows.device):
+        workspace = x.new_empty(config.splits, count, spec.out_features, dtype=torch.float32)
+        arrivals = find_arrivals(device)
+    with on_device(device):
         multiply_kernel[grid](
-            rows,
+            x,
             operands.weight[0],
             zeros,
             operands.scales,
             order,
             bias,
+            addresses,
+            block_experts,
+            block_counts,
+            sources,
             result,
             workspace,
             arrivals,
             count,
             spec.in_features,
             spec.out_features,
-            steps_each,
+            -(-steps // config.splits),
             BITS=spec.bits,
             GROUP_SIZE=spec.group_size,
             HAS_ZEROS=zeros is not None,
             HAS_ORDER=order is not None,
             HAS_BIAS=bias is not None,
-            FAST=is_nvidia(rows.device) if fast is None else fast,
+            HAS_EXPERTS=addresses is not None,
+            HAS_SOURCES=sources is not None,
+            FAST=is_nvidia(device) if fast is None else fast,
             BLOCK_OUT=config.block_out,
             BLOCK_ROWS=config.block_rows,
             SPLITS=config.splits,
             STAGES=config.stages,
             num_warps=config.warps,
             num_stages=config.stages,
+            **(early_options(device) if early else {"EARLY": False}),
         )
-    return result
 
 
 def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:

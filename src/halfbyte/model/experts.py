@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ class StageObserver(Protocol):
         """Receive one lazily gathered input [tokens, in] per expert."""
 
 
+class ExpertsFunction(Protocol):
+    """A faster implementation of the forward of all experts of a layer."""
+
+    def __call__(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor | None:
+        """Compute :meth:`UnfusedExperts.forward`; None if it does not support this input."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionNames:
     """Names of an expert's three projections in the checkpoint files."""
@@ -45,7 +54,8 @@ class UnfusedExperts(nn.Module):
 
     All experts run their first stage (gate and up) before any runs its second (down). With an
     observer or with gradients enabled, every expert is called, even without tokens routed to it, so
-    that a quantizer sees the inputs of a whole stage at once. Otherwise idle experts are skipped.
+    that a quantizer sees the inputs of a whole stage at once. Otherwise idle experts are skipped,
+    and ``grouped`` is used if set.
     """
 
     def __init__(self, fused: nn.Module, names: ProjectionNames) -> None:
@@ -60,6 +70,7 @@ class UnfusedExperts(nn.Module):
         self.names = names
         self.has_gate = bool(fused.has_gate)
         self.observer: StageObserver | None = None
+        self.grouped: ExpertsFunction | None = None
         for expert in range(self.num_experts):
             self.add_module(str(expert), _split_expert(fused, expert, names))
         # The fused module is kept without its parameters, for the model's own gate formula.
@@ -69,6 +80,10 @@ class UnfusedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route tokens [tokens, hidden] through their experts and sum, weighted."""
+        if self.grouped is not None and not self._calls_every_expert():
+            result = self.grouped(hidden_states, top_k_index, top_k_weights)
+            if result is not None:
+                return result
         routes = {
             expert: torch.where(top_k_index == expert)
             for expert in self._experts_to_call(top_k_index)
@@ -100,25 +115,39 @@ class UnfusedExperts(nn.Module):
             "second": [[f"{e}.{self.names.down}"] for e in experts],
         }
 
+    def activate(self, first: Tensor) -> Tensor:
+        """Apply the model's activation to the results of the first stage.
+
+        Args:
+            first: [rows, 2 width], gate then up; [rows, width] of up if there is no gate.
+
+        Returns:
+            [rows, width], the inputs of the second stage.
+        """
+        fused: Any = self._gate[0]
+        if not self.has_gate:
+            activated: Tensor = fused.act_fn(first)
+            return activated
+        if not fused.is_concatenated:
+            first = torch.stack(first.chunk(2, dim=-1), dim=-1).flatten(-2)
+        gated: Tensor = fused._apply_gate(first)
+        return gated
+
+    def _calls_every_expert(self) -> bool:
+        return self.observer is not None or torch.is_grad_enabled()
+
     def _experts_to_call(self, top_k_index: Tensor) -> list[int]:
         experts = range(self.num_experts)
-        if self.observer is not None or torch.is_grad_enabled():
+        if self._calls_every_expert():
             return list(experts)
         # In a decode step only a few of many experts, such as 8 of 128, get a token.
         routed = set(top_k_index.flatten().tolist())
         return [expert for expert in experts if expert in routed]
 
     def _run_first_stage(self, expert: int, states: Tensor) -> Tensor:
-        fused = self._gate[0]
-        up = self.projection(expert, self.names.up)(states)
-        if not self.has_gate:
-            return fused.act_fn(up)  # type: ignore[operator,no-any-return]
-        gate = self.projection(expert, self.names.gate)(states)
-        if fused.is_concatenated:
-            both = torch.cat([gate, up], dim=-1)
-        else:
-            both = torch.stack([gate, up], dim=-1).flatten(-2)
-        return fused._apply_gate(both)  # type: ignore[operator,no-any-return]
+        names = (self.names.gate, self.names.up) if self.has_gate else (self.names.up,)
+        products = [self.projection(expert, name)(states) for name in names]
+        return self.activate(torch.cat(products, dim=-1) if self.has_gate else products[0])
 
     def _observe(self, stage: str, inputs: Sequence[Callable[[], Tensor]]) -> None:
         if self.observer is not None:

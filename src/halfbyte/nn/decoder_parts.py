@@ -13,7 +13,7 @@ that attention depends on relative positions only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from halfbyte.errors import ModelError
 from halfbyte.model.context_length import max_context_length
-from halfbyte.nn.expert_parts import find_experts_mismatch, has_experts
+from halfbyte.nn.expert_parts import has_experts
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -44,12 +44,15 @@ FAR = 2**24
 """A position beyond the context of any model; the largest range of exact integers in float32."""
 
 
-def find_structure_mismatch(model: PreTrainedModel, *, takes_experts: bool = False) -> str | None:
+def find_structure_mismatch(
+    model: PreTrainedModel, find_experts_mismatch: Callable[[Any], str | None] | None = None
+) -> str | None:
     """Return how a model's structure differs from the supported one.
 
     Args:
         model: The loaded model.
-        takes_experts: Whether blocks may have a mixture of experts in place of an MLP.
+        find_experts_mismatch: Returns why a block's mixture of experts is not supported; None if
+            blocks may not have a mixture of experts in place of an MLP.
 
     Returns:
         The first difference; None if there is none.
@@ -64,7 +67,7 @@ def find_structure_mismatch(model: PreTrainedModel, *, takes_experts: bool = Fal
         return f"it uses sliding-window attention over {config.sliding_window} tokens"
     if ACT2FN[getattr(config, "hidden_act", "silu")].__class__ is not ACT2FN["silu"].__class__:
         return f"its activation is {config.hidden_act}, not silu"
-    reasons = (_find_missing(layer, takes_experts) for layer in base.layers)
+    reasons = (_find_missing(layer, find_experts_mismatch) for layer in base.layers)
     return next(filter(None, reasons), None)
 
 
@@ -145,10 +148,12 @@ def _rope_of(model: PreTrainedModel) -> dict[str, Any]:
     return getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
 
 
-def _find_missing(layer: Any, takes_experts: bool) -> str | None:
+def _find_missing(
+    layer: Any, find_experts_mismatch: Callable[[Any], str | None] | None
+) -> str | None:
     attention: Any = getattr(layer, "self_attn", None)
     mlp: Any = getattr(layer, "mlp", None)
-    is_mixture = takes_experts and has_experts(layer)
+    is_mixture = find_experts_mismatch is not None and has_experts(layer)
     wanted: Sequence[tuple[Any, Sequence[str]]] = (
         (attention, (*ATTENTION, "head_dim", "scaling")),
         (mlp, () if is_mixture else MLP),
@@ -158,7 +163,7 @@ def _find_missing(layer: Any, takes_experts: bool) -> str | None:
         for name in names:
             if not hasattr(parent, name):
                 return f"a block ({type(layer).__name__}) has no {name}"
-    return find_experts_mismatch(layer) if is_mixture else None
+    return find_experts_mismatch(layer) if find_experts_mismatch and is_mixture else None
 
 
 def get_decoder(model: PreTrainedModel) -> Any:

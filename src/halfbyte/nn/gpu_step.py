@@ -6,12 +6,15 @@
                            add, norm -> gate, up fused -> gate -> down] x n -> add, norm -> head
 
 Transformers' forward launches some forty operations per block, this step nine. Linears may be of
-any kind; those that :mod:`halfbyte.nn.fusion` fused are one product. The KV cache is paged;
-Transformers' static cache, which its forward fills with the prompt, is used as a single page.
+any kind; those that :mod:`halfbyte.nn.fusion` fused are one product. A mixture of experts in place
+of the MLP is run as the model's own module, so its router and shared experts may be of any kind;
+:mod:`halfbyte.nn.grouped_experts` runs its experts together. The KV cache is paged; Transformers'
+static cache, which its forward fills with the prompt, is used as a single page.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.kernels.triton_decode import AttentionShape, add_norm, attend, gate
 from halfbyte.kernels.triton_linear import DEVICES, find_triton_obstacle
+from halfbyte.model.experts import UnfusedExperts
 from halfbyte.nn.decoder_parts import (
     NOISE_FACTOR,
     NORMS,
@@ -31,6 +35,7 @@ from halfbyte.nn.decoder_parts import (
     get_epsilon,
     unwrap_linear,
 )
+from halfbyte.nn.grouped_experts import find_grouping_obstacle
 from halfbyte.nn.linear import QuantLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -50,8 +55,8 @@ class _Block:
     epsilons: tuple[float, float]
     qkv: tuple[nn.Module, ...]
     out: nn.Module
-    gate_up: tuple[nn.Module, ...]
-    down: nn.Module
+    mlp: Callable[[Tensor], Tensor]
+    """[rows, hidden] -> [rows, hidden]."""
     head_norms: tuple[Tensor, Tensor] | None
     cache: tuple[Tensor, Tensor]
     shape: AttentionShape
@@ -107,7 +112,7 @@ class GpuStep:
                 qkv, block.head_norms, self._rotary, positions, tables, block.cache, block.shape
             )
             x, normed = add_norm(x, block.out(attended), block.norms[1], block.epsilons[1])
-            delta = block.down(gate(multiply_together(block.gate_up, normed)))
+            delta = block.mlp(normed)
         _, normed = add_norm(x, delta, self._last_norm, self._last_epsilon)
         logits: Tensor = self._head(normed)
         return logits
@@ -171,7 +176,7 @@ def find_mismatch(model: PreTrainedModel) -> str | None:
     Returns:
         The reason; None if the model has all parts.
     """
-    reason = find_triton_obstacle() or find_structure_mismatch(model)
+    reason = find_triton_obstacle() or find_structure_mismatch(model, find_mixture_mismatch)
     if reason:
         return reason
     base = get_decoder(model)
@@ -196,6 +201,14 @@ def find_mismatch(model: PreTrainedModel) -> str | None:
     return find_rotary_mismatch(model)
 
 
+def find_mixture_mismatch(layer: Any) -> str | None:
+    """Return why a block's mixture of experts cannot be part of the step; None if it can."""
+    if any(hasattr(module, "base_layer") for module in layer.mlp.modules()):
+        return "its mixture of experts has adapters"
+    reason = find_grouping_obstacle(layer.mlp.experts)
+    return reason and f"its experts run one after the other: {reason}"
+
+
 def find_deviation(found: Tensor, expected: Tensor, again: Tensor) -> str | None:
     """Check a step's logits against those of the model's forward.
 
@@ -218,7 +231,7 @@ def find_deviation(found: Tensor, expected: Tensor, again: Tensor) -> str | None
 
 
 def _make_block(layer: Any, cache: tuple[Tensor, Tensor], bare: bool) -> _Block:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     take = unwrap_linear if bare else _identity
     # Both or none, as find_mismatch has checked.
     head_norms: list[Any] = [getattr(attention, f"{name}_norm", None) for name in "qk"]
@@ -230,8 +243,7 @@ def _make_block(layer: Any, cache: tuple[Tensor, Tensor], bare: bool) -> _Block:
         epsilons=(get_epsilon(norms[0]), get_epsilon(norms[1])),
         qkv=(take(attention.q_proj), take(attention.k_proj), take(attention.v_proj)),
         out=take(attention.o_proj),
-        gate_up=(take(mlp.gate_proj), take(mlp.up_proj)),
-        down=take(mlp.down_proj),
+        mlp=_make_mlp(layer.mlp, take),
         head_norms=(head_norms[0].weight, head_norms[1].weight) if has_norms else None,
         cache=cache,
         shape=AttentionShape(
@@ -242,6 +254,20 @@ def _make_block(layer: Any, cache: tuple[Tensor, Tensor], bare: bool) -> _Block:
             epsilon=get_epsilon(head_norms[0]) if has_norms else 0.0,
         ),
     )
+
+
+def _make_mlp(mlp: Any, take: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+    if isinstance(getattr(mlp, "experts", None), UnfusedExperts):
+        return functools.partial(_run_mixture, mlp)
+    gate_up, down = (take(mlp.gate_proj), take(mlp.up_proj)), take(mlp.down_proj)
+    return lambda x: down(gate(multiply_together(gate_up, x)))
+
+
+def _run_mixture(mlp: nn.Module, x: Tensor) -> Tensor:
+    # Each row is a sequence of one token. Some mixtures also return their router's scores.
+    result = mlp(x[:, None])
+    found: Tensor = result if isinstance(result, Tensor) else result[0]
+    return found[:, 0]
 
 
 def _identity(linear: Any) -> Any:

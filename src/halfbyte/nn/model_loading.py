@@ -25,6 +25,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.model.experts import find_fused_experts, unfuse_experts
 from halfbyte.model.naming import module_key_map
 from halfbyte.nn.fusion import fuse_linears
+from halfbyte.nn.grouped_experts import group_experts
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import StoredLinear, quantized_linears
 
@@ -148,6 +149,9 @@ def prepare_linears(model: PreTrainedModel) -> None:
         logger.info(
             "%d groups of them (q, k and v; gate and up) are fused to one product each", fused
         )
+    grouped = group_experts(model)
+    if grouped:
+        logger.info("The experts of %d layers run together, as three products", grouped)
 
 
 def _release_files(model: PreTrainedModel) -> None:

@@ -46,7 +46,7 @@ from halfbyte.nn.decoder_parts import (
     measure_deviation,
     unwrap_linear,
 )
-from halfbyte.nn.expert_parts import expert_parts, has_experts
+from halfbyte.nn.expert_parts import expert_parts, find_experts_mismatch, has_experts
 from halfbyte.nn.linear import QuantLinear
 
 PROBE_TOKENS = 8
@@ -240,7 +240,7 @@ def find_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _find_mismatch(model: PreTrainedModel) -> str | None:
-    mismatch = find_structure_mismatch(model, takes_experts=True)
+    mismatch = find_structure_mismatch(model, find_experts_mismatch)
     if mismatch:
         return mismatch
     base = get_decoder(model)

@@ -95,7 +95,9 @@ class GpuRunner:
 
     def _gather_weights(self) -> None:
         self._recorded.clear()
-        if self.obstacle is None:
+        self._step = None
+        # An adapter of a mixture of experts is part of the module that the step would run.
+        if self.obstacle is None and find_mismatch(self.model) is None:
             self._step = _make_step(self.model, self.pages, self._context)
 
     def _run_graph(self, pieces: Sequence[Piece]) -> list[Tensor]:
