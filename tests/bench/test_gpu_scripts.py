@@ -17,6 +17,7 @@ from halfbyte.kernels.cuda_compiler import compile_source
 from halfbyte.kernels.cuda_rows import SHARED_LIMIT, RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table, parse_table
+from halfbyte.nn.replace import quantized_linears
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -348,3 +349,21 @@ def test_candidates_fit_the_gpu_and_are_all_checked(script, name):
     for rows in kernel.rows:
         splits = [s for config in candidates for s in kernel.list_splits(config, spec, rows)]
         assert splits or rows in (1024, 4096), rows
+
+
+def test_a_mixture_of_experts_is_made_without_its_dense_weights(script):
+    experts = script("measure_gpu_experts")
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    model = experts.make_model(
+        2, "torch_reference", "cpu", **sizes, **heads, num_experts_per_tok=2
+    ).float()
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    assert not [name for name, tensor in tensors if tensor.is_meta]
+    linears = [name for name, _ in quantized_linears(model)]
+    assert len(linears) == 2 * (4 + 4 * 3)
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
+    with pytest.raises(RuntimeError, match="cannot run together"):
+        experts.set_together(model, together=True)
+    experts.set_together(model, together=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.helpers.checkpoints import Recipe, read_tensors, tiny_llama_config, write_checkpoint
 from tests.helpers.families import token_lists
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 import halfbyte
 from halfbyte.integrations.generation import Generator, Sampling
@@ -96,6 +96,34 @@ def test_recorded_steps_write_what_transformers_writes(tmp_path, config):
     drawn = list(generator.stream(PROMPT, Sampling(max_new_tokens=60, temperature=1.0, seed=1)))
     assert again == found
     assert drawn != found
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(group_size=64), Recipe(symmetric=False, act_order=True), Recipe(bits=3, group_size=64)],
+    ids=str,
+)
+def test_experts_run_together(tmp_path, recipe):
+    sizes = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+    config = Qwen3MoeConfig(**{**LLAMA().to_dict(), **SIZES, **sizes, "head_dim": 64})
+    write_checkpoint(tmp_path, config, recipe)
+    model = halfbyte.load(tmp_path, device="cuda")
+    experts = model.model.layers[1].mlp.experts
+    for tokens in (1, 3, 16, 70, 400):
+        x = torch.randn(tokens, 256, dtype=model.dtype, device="cuda")
+        weights, ids = torch.rand(tokens, 16, device="cuda").topk(4)
+        given = (x, ids, weights.to(model.dtype))
+        with torch.inference_mode():
+            found = experts.grouped(*given)
+            grouped, experts.grouped = experts.grouped, None
+            expected = experts(*given)
+            experts.grouped = grouped
+        assert deviation(found, expected) < 0.02
+    generator = Generator(model)
+    generator.ends = frozenset()
+    first, second = (list(generator.stream(PROMPT, Sampling(max_new_tokens=60))) for _ in range(2))
+    assert generator.describe_decoding() == "one CUDA graph per token"
+    assert first == second
 
 
 @pytest.mark.parametrize("kernel", ["cuda", "triton"])

@@ -97,3 +97,15 @@ def test_gpu_runner_is_chosen_if_supported(load, monkeypatch):
     monkeypatch.setattr(gpu_runner, "find_mismatch", lambda model: "no")
     monkeypatch.setattr("halfbyte.serve.engine.loading.find_mismatch", lambda model: "no")
     assert isinstance(choose_runner(load(), EngineConfig()), TransformersRunner)
+
+
+def test_steps_that_would_run_an_adapter_are_not_used(load, monkeypatch):
+    """Adapters of a mixture of experts are inside the module that the step runs."""
+    model = load()
+    runner = GpuRunner(model, Pages(sample_layers(model), PAGE))
+    runner.make_pages(8, 32)
+    assert runner._step is not None
+    monkeypatch.setattr(gpu_runner, "find_mismatch", lambda model: "it has adapters")
+    runner._gather_weights()
+    assert bool(torch.isfinite(begin(runner)).all())
+    assert runner._recorded == {}
