@@ -10,14 +10,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.checkpoints import TINY_SIZES, Recipe, tiny_llama_config, write_checkpoint
 from tests.helpers.processes import CONTEXT
 from tests.helpers.tiny_llama import build_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
 
+import halfbyte
 from halfbyte.errors import ConfigError, DataError, JournalError, MissingExtraError, ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune import train
+from halfbyte.finetune.adapter import attach_adapter
 from halfbyte.finetune.base import check_packing, open_base
 from halfbyte.finetune.config import AdapterConfig, TrainConfig
 from halfbyte.finetune.report import TrainReport
@@ -261,6 +263,26 @@ def test_unknown_target_is_refused_with_its_name(base, data, tmp_path):
     # One step is a step that teaches.
     assert report.history[0]["learning_rate"] == config.learning_rate
     assert load_file(tmp_path / "a" / "adapter_model.safetensors")[B_OF_Q].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", [Qwen3MoeConfig, Qwen2MoeConfig])
+def test_experts_of_a_mixture_keep_their_weights(tmp_path, kind):
+    """PEFT would adapt their fused weights, which a quantized model does not have."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = kind(**TINY_SIZES | sizes)
+    write_checkpoint(tmp_path, config, Recipe(skip=r"lm_head|gate$"))
+    adapted = attach_adapter(halfbyte.load(tmp_path), AdapterConfig())
+    names = {name.split(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(names) == 2 * 4
+    assert all("self_attn" in name for name in names)
+
+
+def test_targets_that_get_no_adapter_are_refused(tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    write_checkpoint(tmp_path, Qwen3MoeConfig(**TINY_SIZES | sizes))
+    targets = ("q_proj", "gate_proj", "up_proj", "down_proj")
+    with pytest.raises(ConfigError, match=r"on gate_proj of this model; it found q_proj\. Experts"):
+        attach_adapter(halfbyte.load(tmp_path), AdapterConfig(targets=targets, dropout=0.0))
 
 
 @pytest.mark.parametrize(

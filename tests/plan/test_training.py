@@ -6,7 +6,14 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from halfbyte.cli.main import main
 from halfbyte.errors import ConfigError
@@ -31,15 +38,32 @@ CONFIG = LlamaConfig(
 LOAD = TrainingLoad(base=Load(context=32))
 
 
-@pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("down_proj",)])
+SIZES = {name: value for name, value in CONFIG.to_dict().items() if name != "model_type"}
+MIXTURES = [
+    Qwen3MoeConfig(**SIZES | {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}),
+    Qwen2MoeConfig(**SIZES | {"num_experts": 4, "shared_expert_intermediate_size": 32}),
+    MixtralConfig(**SIZES | {"num_local_experts": 4}),
+    GptOssConfig(**SIZES | {"num_local_experts": 4, "head_dim": 16}),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (CONFIG, ("down_proj",)),
+        *((config, ()) for config in (CONFIG, *MIXTURES)),
+        *((config, ("q_proj", "v_proj")) for config in (CONFIG, *MIXTURES)),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
 @pytest.mark.parametrize("rank", [4, 16])
-def test_adapter_parameters_match_peft(targets, rank):
+def test_adapter_parameters_match_peft(config, targets, rank):
     with torch.device("meta"):
-        model = LlamaForCausalLM(CONFIG)
+        model = AutoModelForCausalLM.from_config(config)
     adapted = attach_adapter(model, AdapterConfig(rank=rank, targets=targets))
     assert isinstance(adapted, peft.PeftModel)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    shapes = parse_config(CONFIG.to_dict(), "tiny")
+    shapes = parse_config(config.to_dict(), "tiny")
     plan = plan_training(shapes, replace(LOAD, rank=rank, targets=targets))
     assert plan.trained == trained
     assert plan.adapter == 8 * trained

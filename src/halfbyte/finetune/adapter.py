@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from halfbyte.errors import ConfigError, require_extra
 from halfbyte.evaluate.loading import Subject
 from halfbyte.finetune.config import ALL_LINEAR, QALORA, AdapterConfig
+from halfbyte.model.experts import UnfusedExperts, find_fused_experts, projection_names
+from halfbyte.model.naming import Renaming
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_VARIANTS: dict[str, dict[str, bool]] = {
@@ -69,18 +76,19 @@ def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | 
     try:
         if start_from is not None:
             return peft.PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=adapter.rank,
-                lora_alpha=adapter.alpha,
-                lora_dropout=adapter.dropout,
-                target_modules=list(adapter.targets) or ALL_LINEAR,
-                bias="none",
-                task_type="CAUSAL_LM",
-                **PEFT_VARIANTS[adapter.variant],
-            ),
+        settings = peft.LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=list(adapter.targets) or _default_targets(model),
+            bias="none",
+            task_type="CAUSAL_LM",
+            **PEFT_VARIANTS[adapter.variant],
         )
+        with warnings.catch_warnings():
+            # Of targets that are not found: an error below.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            adapted = peft.get_peft_model(model, settings)
     except (ValueError, OSError, RuntimeError) as error:
         what, advice = "an adapter", "Use --target with linears of this model, or omit it for all."
         if start_from is not None:
@@ -88,6 +96,8 @@ def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | 
         raise ConfigError(
             f"Cannot put {what} on a {type(model).__name__}: {_sentence(error)} {advice}"
         ) from error
+    _check_targets(adapted, adapter.targets)
+    return adapted
 
 
 def load_adapter(subject: Subject, adapter: str | Path) -> Any:
@@ -112,6 +122,45 @@ def load_adapter(subject: Subject, adapter: str | Path) -> Any:
             f"Cannot put the adapter {adapter} on {subject.name}: {_sentence(error)} Give the "
             "folder of a PEFT adapter that was trained on this model."
         ) from error
+
+
+def _default_targets(model: Any) -> list[str] | str:
+    """Return PEFT's target of all linears; of a mixture of experts, those outside of the experts.
+
+    PEFT would put adapters with weights of all experts on the fused parameters, which a quantized
+    model does not have, and on the router.
+    """
+    containers = {
+        name for name, module in model.named_modules() if isinstance(module, UnfusedExperts)
+    }
+    containers |= set(find_fused_experts(model))
+    if not containers:
+        return ALL_LINEAR
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        # Not the gate of a shared expert.
+        and module.out_features > 1
+        and not any(name.startswith(f"{container}.") for container in containers)
+    }
+    # PEFT takes linears of these names, such as those of a shared expert, for the experts'.
+    names -= set(asdict(projection_names(Renaming(model))).values())
+    return sorted(names) or ALL_LINEAR
+
+
+def _check_targets(model: Any, targets: Sequence[str]) -> None:
+    """Check that each target got an adapter: PEFT only warns if some are not found."""
+    adapted = model.base_model.targeted_module_names
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in adapted):
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
+            raise ConfigError(
+                f"PEFT cannot put an adapter on {target} of this model; it found {names}. Experts "
+                f"of a mixture cannot have adapters. Leave out --target {target}."
+            )
 
 
 def _sentence(error: Exception) -> str:

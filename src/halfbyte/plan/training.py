@@ -101,7 +101,8 @@ def find_targets(shapes: ModelShapes, names: tuple[str, ...]) -> list[Matrix]:
 
     Args:
         shapes: The model.
-        names: Such as ``q_proj``; empty means all.
+        names: Such as ``q_proj``; empty means all. In a mixture of experts, those named like the
+            projections of the experts get no adapter, as in :mod:`halfbyte.finetune.adapter`.
 
     Returns:
         The matrices.
@@ -109,14 +110,20 @@ def find_targets(shapes: ModelShapes, names: tuple[str, ...]) -> list[Matrix]:
     Raises:
         ConfigError: The model has no matrix of one of the names.
     """
-    known = {matrix.name.rpartition(".")[2] for matrix in shapes.linears}
+    experts = {_leaf(m) for m in shapes.linears if m.name.startswith("experts.")}
+    linears = [m for m in shapes.linears if _leaf(m) not in experts]
+    known = {_leaf(matrix) for matrix in linears}
     for name in names:
         if name not in known:
             raise ConfigError(
                 f"There is no linear '{name}' in '{shapes.name}'; it has "
                 f"{', '.join(sorted(known))}. Use one of these."
             )
-    return [m for m in shapes.linears if not names or m.name.rpartition(".")[2] in names]
+    return [m for m in linears if not names or _leaf(m) in names]
+
+
+def _leaf(matrix: Matrix) -> str:
+    return matrix.name.rpartition(".")[2]
 
 
 def _activation_bytes(shapes: ModelShapes, load: TrainingLoad, adapted: list[Matrix]) -> int:
