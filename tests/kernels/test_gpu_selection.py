@@ -326,8 +326,10 @@ def test_shipped_table_has_every_measured_shape_and_fits_the_gpu():
 
 def test_unknown_architecture_has_no_table_but_a_rule():
     assert load_table("gfx942").triton == {}
-    config = triton_configs.choose_config("gfx942", 304, 4096, 4096, 1)
+    config = triton_configs.choose_config("xpu", 304, 4096, 4096, 1)
     assert config == TritonConfig(64, 16, 8, 4, 4)
+    config = triton_configs.choose_config("gfx942", 304, 4096, 4096, 1)
+    assert config == TritonConfig(64, 16, 8, 4, 2)
     assert cuda_linear.choose_config("sm_120", 1, SPEC, torch.float16).channels == 32
 
 

@@ -164,7 +164,9 @@ def test_rows_in_the_order_of_the_experts(monkeypatch, processors, block_rows):
     kept = make_experts(3, in_features=512, out_features=64)
     linears, weights, _operands, biases = kept
     routing = route(choose(20, 2, 3), 3, block_rows)
-    config = choose_experts_config(processors, 512, 64, len(routing.block_counts), block_rows)
+    config = choose_experts_config(
+        "sm_90", processors, 512, 64, len(routing.block_counts), block_rows
+    )
     assert config.splits == (1 if processors == 1 else 2)
     x = torch.randn(len(routing.sources), 512).half()
     found = multiply_experts(x, weights, routing, by_token=False, fast=False)

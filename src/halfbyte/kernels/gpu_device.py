@@ -96,6 +96,12 @@ def is_nvidia(device: torch.device) -> bool:
 
 
 @functools.cache
+def is_amd(device: torch.device) -> bool:
+    """Whether the device is an AMD GPU, which torch calls ``cuda`` too."""
+    return device.type == "cuda" and torch.version.hip is not None
+
+
+@functools.cache
 def count_processors(device: torch.device) -> int:
     """Count the multiprocessors of a device; 64 if torch does not report it."""
     if device.type == "cuda":
@@ -105,7 +111,9 @@ def count_processors(device: torch.device) -> int:
 
 @functools.cache
 def name_architecture(device: torch.device) -> str:
-    """Return a device's architecture, such as ``sm_90``; its device type for other vendors."""
+    """Return a device's architecture, such as ``sm_90`` or ``gfx942``, or its device type."""
+    if is_amd(device):
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
     if not is_nvidia(device):
         return device.type
     major, minor = torch.cuda.get_device_capability(device)

@@ -45,6 +45,14 @@ RULES = {
 }
 """By maximum rows of x. The rule picks the fastest split in 31 of the 32 measured cases."""
 
+AMD_RULES = {
+    16: _Rule(64, 16, 4, 2, 3.75),
+    32: _Rule(64, 32, 8, 2, 3.75),
+    64: _Rule(64, 64, 8, 2, 1.9),
+    128: _Rule(64, 64, 8, 2, 1.9),
+}
+"""Not measured: large tiles whose registers fit, on CDNA 3, RDNA 3 and RDNA 4."""
+
 MAX_SPLITS = 8
 MIN_STEPS = 4
 """Minimum steps of 64 inputs per program if inputs are split."""
@@ -56,7 +64,7 @@ def choose_config(
     """Choose the tile sizes of a product.
 
     Args:
-        architecture: Such as ``sm_90``; any name for other vendors.
+        architecture: Such as ``sm_90`` or ``gfx942``; any name for other vendors.
         num_processors: Multiprocessors of the device.
         in_features: Inputs of the layer.
         out_features: Outputs of the layer.
@@ -69,18 +77,24 @@ def choose_config(
     measured = load_table(architecture).triton.get(((in_features, out_features), bucket))
     if measured is not None:
         return TritonConfig(**measured)
-    rule = RULES[bucket]
+    rule = _find_rules(architecture)[bucket]
     programs = -(-out_features // rule.block_out) * -(-bucket // rule.block_rows)
     splits = choose_splits(programs, in_features // 64, rule.programs * num_processors)
     return TritonConfig(rule.block_out, rule.block_rows, splits, rule.warps, rule.stages)
 
 
 def choose_experts_config(
-    num_processors: int, in_features: int, out_features: int, row_blocks: int, block_rows: int
+    architecture: str,
+    num_processors: int,
+    in_features: int,
+    out_features: int,
+    row_blocks: int,
+    block_rows: int,
 ) -> TritonConfig:
     """Choose the tile sizes of the products of a mixture of experts, by the same rules.
 
     Args:
+        architecture: As in :func:`choose_config`.
         num_processors: Multiprocessors of the device.
         in_features: Inputs of each expert.
         out_features: Outputs of each expert.
@@ -90,7 +104,7 @@ def choose_experts_config(
     Returns:
         The configuration.
     """
-    rule = RULES[block_rows]
+    rule = _find_rules(architecture)[block_rows]
     programs = -(-out_features // rule.block_out) * row_blocks
     splits = choose_splits(programs, in_features // 64, rule.programs * num_processors)
     return TritonConfig(rule.block_out, block_rows, splits, rule.warps, rule.stages)
@@ -112,6 +126,10 @@ def choose_splits(programs: int, steps: int, wanted: float) -> int:
     while splits < MAX_SPLITS and programs * splits < wanted and steps // (2 * splits) >= MIN_STEPS:
         splits *= 2
     return splits
+
+
+def _find_rules(architecture: str) -> dict[int, _Rule]:
+    return AMD_RULES if architecture.startswith("gfx") else RULES
 
 
 def next_power_of_two(number: int) -> int:

@@ -17,6 +17,7 @@ from halfbyte.kernels.gpu_device import (
     count_processors,
     early_options,
     find_arrivals,
+    is_amd,
     on_device,
 )
 from halfbyte.kernels.triton_configs import next_power_of_two
@@ -24,6 +25,8 @@ from halfbyte.kernels.triton_configs import next_power_of_two
 MIN_DOT_ROWS = 16
 """Minimum rows of a ``tl.dot``."""
 BLOCK_POSITIONS = 32
+AMD_BLOCK_POSITIONS = 16
+"""With 32, registers do not fit on RDNA 3."""
 MAX_SPLITS = 64
 
 
@@ -128,6 +131,7 @@ def attend(
     assert values.is_contiguous()
     rows = qkv.shape[0]
     splits = choose_splits(qkv.device, shape.key_heads * rows)
+    amd = is_amd(qkv.device)
     result = qkv.new_empty(rows, shape.heads * shape.width)
     sums = sizes = arrivals = None
     if splits > 1:
@@ -158,12 +162,12 @@ def attend(
             ROTARY=rotary[0].shape[-1],
             HAS_NORMS=norms is not None,
             ROWS=max(next_power_of_two(shape.heads // shape.key_heads), MIN_DOT_ROWS),
-            BLOCK=BLOCK_POSITIONS,
+            BLOCK=AMD_BLOCK_POSITIONS if amd else BLOCK_POSITIONS,
             BLOCK_WIDTH=max(next_power_of_two(shape.width), MIN_DOT_ROWS),
             PAGE=keys.shape[2] if tables.shape[1] > 1 else 0,
             SPLITS=splits,
-            num_warps=4,
-            num_stages=3,
+            num_warps=8 if amd else 4,
+            num_stages=2 if amd else 3,
             **early_options(qkv.device),
         )
     return result

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.fragments import find_order, find_zeros
-from halfbyte.kernels.gpu_device import count_processors, early_options, on_device
+from halfbyte.kernels.gpu_device import (
+    count_processors,
+    early_options,
+    name_architecture,
+    on_device,
+)
 from halfbyte.kernels.triton_configs import choose_experts_config, next_power_of_two
 from halfbyte.kernels.triton_linear import DEVICES, launch_multiply
 
@@ -197,6 +202,7 @@ def multiply_experts(
     spec, row_blocks = weights.spec, len(routing.block_counts)
     result = x.new_empty(row_blocks * routing.block_rows, spec.out_features)
     config = choose_experts_config(
+        name_architecture(x.device),
         count_processors(x.device),
         spec.in_features,
         spec.out_features,
