@@ -12,6 +12,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.integrations import generation
 from halfbyte.integrations.generation import Generator, Sampling, TextStream, Timing, encode_chat
 from halfbyte.kernels.native_library import open_library
+from halfbyte.nn.gpu_step import NotCapturable
 
 PROMPT = [1, 17, 40, 99, 3]
 LIBRARY = open_library()
@@ -55,6 +56,21 @@ def test_recorded_steps_give_the_same_text_and_room_for_longer_ones(model, monke
     assert generator.describe_decoding().startswith(
         "one CUDA graph per token of Transformers' forward"
     )
+
+
+def test_steps_that_cannot_be_recorded_are_run_by_transformers(model, monkeypatch):
+    expected = transformers_answer(model, 20)
+    monkeypatch.setattr(generation.graph_steps, "find_obstacle", lambda model: None)
+    monkeypatch.setattr(generation, "find_obstacle", lambda model: "not on a GPU")
+
+    def refuse(self, prompt):
+        raise NotCapturable("its forward waits for the GPU")
+
+    monkeypatch.setattr(generation.GraphSteps, "prefill", refuse)
+    generator = Generator(model)
+    found = list(generator.stream(PROMPT, Sampling(max_new_tokens=20)))
+    assert found == [token for token in expected if token != 2]
+    assert generator.graph_obstacle == "its forward waits for the GPU"
 
 
 def test_stops_before_the_end_of_text_token(model):

@@ -91,7 +91,9 @@ def test_launches_start_early_from_9_0_on(monkeypatch, capability, early):
     gpu_device.is_nvidia.cache_clear()
 
 
-def test_a_step_is_recorded_on_a_stream_of_its_device(monkeypatch):
+@pytest.fixture
+def recording(monkeypatch):
+    """What the parts of torch.cuda that record() uses were called with."""
     told = []
 
     class Stream:
@@ -110,6 +112,34 @@ def test_a_step_is_recorded_on_a_stream_of_its_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", nothing)
     monkeypatch.setattr(torch.cuda, "graph", nothing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return told, modes
+
+
+def test_a_step_is_recorded_on_a_stream_of_its_device(recording):
+    told, modes = recording
     second = torch.device("cuda", 1)
     assert gpu_step.record(lambda: "result", second) == ("graph", "result")
     assert told == [second] * 3
+    assert modes == [0, "error", 0]
+
+
+def test_a_step_that_waits_is_not_recorded(recording):
+    _, modes = recording
+
+    def compute():
+        # Compiling at the first call may wait.
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(gpu_step.NotCapturable, match="waits for the GPU"):
+        gpu_step.record(compute, torch.device("cuda", 1))
+    assert modes[-1] == 0
+
+    def fail():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gpu_step.record(fail, torch.device("cuda", 1))

@@ -25,6 +25,7 @@ from halfbyte.errors import ConfigError, first_line
 from halfbyte.integrations import graph_steps
 from halfbyte.integrations.graph_steps import GraphSteps
 from halfbyte.model.context_length import max_context_length
+from halfbyte.nn.gpu_step import NotCapturable
 from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
 from halfbyte.nn.native_head import NativeHead
 
@@ -189,8 +190,11 @@ class Generator:
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([list(prompt)], device=device)
         if self.graph_obstacle is None:
-            steps = self._find_graph_steps(capacity)
-            return steps.prefill(ids), steps
+            try:
+                steps = self._find_graph_steps(capacity)
+                return steps.prefill(ids), steps
+            except NotCapturable as error:
+                self.graph_obstacle, self._graph_steps = str(error), None
         # Only the last position: the logits of a whole long prompt would take gigabytes.
         output = self.model(ids, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1].float(), _ForwardSteps(self.model, cache_of(output))

@@ -73,6 +73,7 @@ class GraphSteps:
 
         Raises:
             ConfigError: The prompt does not fit, or is not a single sequence.
+            NotCapturable: The model waits for the GPU within a step.
         """
         batch, length = prompt.shape
         if batch != 1 or not 0 < length <= self.capacity:

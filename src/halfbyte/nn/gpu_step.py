@@ -15,7 +15,8 @@ static cache, which its forward fills with the prompt, is used as a single page.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halfbyte.errors import ModelError, first_line
 from halfbyte.kernels.triton_decode import AttentionShape, add_norm, attend, gate
 from halfbyte.kernels.triton_linear import DEVICES, find_triton_obstacle
 from halfbyte.model.experts import UnfusedExperts
@@ -45,6 +47,10 @@ NUM_WARM_UPS = 2
 
 MAX_DEVIATION = 0.05
 """Maximum relative deviation (L2) of the logits; bf16 rounding alone causes about 0.01."""
+
+
+class NotCapturable(ModelError):
+    """A computation waits for the GPU, which a CUDA graph cannot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,13 +139,18 @@ def record(
 
     Returns:
         The graph, and the tensor that a replay fills.
+
+    Raises:
+        NotCapturable: The computation waits for the GPU. Capturing it would fail too, but leave
+            torch in the middle of a capture.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     # Within the block, the device of the stream is torch's current device.
     with torch.cuda.stream(stream):
-        for _ in range(NUM_WARM_UPS):
-            compute()
+        for number in range(NUM_WARM_UPS):
+            with _forbid_waiting() if number else nullcontext():
+                compute()
             if after_each is not None:
                 after_each()
         graph = torch.cuda.CUDAGraph()
@@ -147,6 +158,21 @@ def record(
             result = compute()
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph, result
+
+
+@contextmanager
+def _forbid_waiting() -> Iterator[None]:
+    """Let torch raise an error where it would wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        raise NotCapturable(f"its forward waits for the GPU ({first_line(error)})") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def multiply_together(linears: Sequence[nn.Module], x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from tests.serve.helpers_engine import write_model
 import halfbyte
 from halfbyte.kernels import triton_decode
 from halfbyte.nn import gpu_step
+from halfbyte.nn.gpu_step import NotCapturable
 from halfbyte.serve.engine import gpu_runner
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.gpu_runner import GpuRunner
@@ -109,3 +110,17 @@ def test_steps_that_would_run_an_adapter_are_not_used(load, monkeypatch):
     runner._gather_weights()
     assert bool(torch.isfinite(begin(runner)).all())
     assert runner._recorded == {}
+
+
+def test_a_step_that_cannot_be_recorded_falls_back_to_transformers(load, monkeypatch):
+    model = load()
+    expected = begin(TransformersRunner(model, Pages(sample_layers(model), PAGE)))
+    model = load()
+    runner = GpuRunner(model, Pages(sample_layers(model), PAGE))
+
+    def refuse(*_):
+        raise NotCapturable("its forward waits for the GPU")
+
+    monkeypatch.setattr(gpu_runner, "_RecordedStep", refuse)
+    torch.testing.assert_close(begin(runner), expected, rtol=1e-2, atol=1e-2)
+    assert "no recorded steps: its forward waits" in runner.description

@@ -18,7 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.nn.decoder_parts import find_drift, make_probe_tokens
-from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
+from halfbyte.nn.gpu_step import (
+    GpuStep,
+    NotCapturable,
+    find_deviation,
+    find_mismatch,
+    record,
+)
 from halfbyte.serve.engine.runner import Pages, Piece
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
@@ -106,9 +112,13 @@ class GpuRunner:
         if rows not in self._recorded:
             max_pages = -(-self._context // self.pages.page_tokens)
             padding_page = self.pages.keys[0].shape[0] - 1
-            self._recorded[rows] = _RecordedStep(
-                self._step, rows, max_pages, padding_page, self.device
-            )
+            try:
+                self._recorded[rows] = _RecordedStep(
+                    self._step, rows, max_pages, padding_page, self.device
+                )
+            except NotCapturable as error:
+                self.obstacle, self._step = str(error), None
+                return self._plain.run(pieces)
         logits = self._recorded[rows].run(pieces)
         return [logits[row, None][: piece.logits] for row, piece in enumerate(pieces)]
 
