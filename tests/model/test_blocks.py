@@ -170,14 +170,14 @@ def test_every_linear_is_in_exactly_one_stage(family: str) -> None:
     assert sorted(found) == expected
 
 
-def test_linear_that_did_not_run_gets_the_last_stage() -> None:
-    block = nn.ModuleDict({"unused": nn.Linear(4, 4), "used": nn.Linear(4, 4)})
+def test_linear_that_did_not_run_gets_the_first_stage() -> None:
+    block = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
 
     def run() -> int:
         block["used"](torch.ones(3, 4))
         return 3
 
-    assert names(find_stages(block, run)) == [[("used",)], [("unused",)]]
+    assert names(find_stages(block, run)) == [[("unused",)], [("used",)]]
 
 
 def test_equal_values_in_two_tensors_are_not_a_shared_input() -> None:

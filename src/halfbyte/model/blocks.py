@@ -163,7 +163,8 @@ def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
         run_block: Runs the block's forward on a few tokens.
 
     Returns:
-        Stages in execution order, followed by one stage for each linear that did not run.
+        One stage for each linear that did not run, then the others in execution order. A block may
+        read the weight of a linear without running it; rounded first, all later stages see it.
     """
     linears = quantizable_linears(block)
     experts = {n: m for n, m in block.named_modules() if isinstance(m, UnfusedExperts)}
@@ -212,8 +213,8 @@ def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
             group = InputGroup(linears=tuple(groups[item]))
             stages.append(Stage(groups=(group,), input_features=item[1][-1]))
     seen = staged.union(*(set(g.linears) for s in stages for g in s.groups))
-    stages += [Stage(groups=(InputGroup(linears=(n,)),)) for n in linears if n not in seen]
-    return stages
+    idle = [Stage(groups=(InputGroup(linears=(n,)),)) for n in linears if n not in seen]
+    return [*idle, *stages]
 
 
 def _per_token(stage: Stage, tokens: int) -> Stage:
