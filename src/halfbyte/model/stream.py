@@ -122,19 +122,32 @@ class BlockStream:
         return forward_pass.output
 
     def check_block_order(self, input_ids: Tensor) -> None:
-        """Check that the model runs its blocks once each, in order; call it after the first block.
+        """Check that the model runs its blocks once each, in order, and nothing between them.
 
-        Runs the tail up to the head, which is cheap.
+        Call it after the first block. It runs the tail up to the head, which is cheap.
 
         Args:
             input_ids: [1, tokens].
 
         Raises:
-            ModelError: The model runs its blocks in another order, or repeatedly.
+            ModelError: The model runs its blocks in another order or repeatedly, or changes the
+                states between them.
         """
+        inputs: list[Tensor] = []
 
         def stop(*_: Any) -> None:
             raise _BlockDone(None)
+
+        def compare(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Stubs return their input, so that all blocks get that of the first.
+            inputs.append(_hidden_of(args, kwargs))
+            if not torch.allclose(inputs[-1], inputs[0], rtol=0, atol=0, equal_nan=True):
+                last = len(inputs) - 1
+                raise ModelError(
+                    f"Cannot stream {self.blocks.prefix}: the model changes the states between "
+                    f"blocks {last - 1} and {last}, but only blocks may change them. This kind of "
+                    "model cannot be quantized."
+                )
 
         width = self.model.config.get_text_config().hidden_size
         hidden = torch.zeros((*input_ids.shape, width), dtype=self.dtype, device=input_ids.device)
@@ -142,6 +155,9 @@ class BlockStream:
             head = self.model.get_output_embeddings()
             if head is not None:
                 stack.callback(head.register_forward_pre_hook(stop, prepend=True).remove)
+            for block in self.blocks.modules:
+                before = block.register_forward_pre_hook(compare, with_kwargs=True)
+                stack.callback(before.remove)
             self.run(input_ids, hidden)
 
     def _forward_of(self, j: int, current: int, forward: Callable[..., Any]) -> Callable[..., Any]:
