@@ -52,6 +52,7 @@ def names(stages: list[Stage]) -> list[list[tuple[str, ...]]]:
         ("opt", "model.decoder.layers"),
         ("mixtral", "model.layers"),
         ("gpt_neox", "gpt_neox.layers"),
+        ("modernbert-decoder", "model.layers"),  # calls its head "decoder"
     ],
 )
 def test_blocks_are_the_longest_list(family: str, prefix: str) -> None:

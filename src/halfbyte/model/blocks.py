@@ -35,6 +35,14 @@ class Blocks:
         """Return the dotted name of one block."""
         return f"{self.prefix}.{index}"
 
+    def first_of_each_kind(self) -> list[int]:
+        """Return the first block of every set of parameter names and shapes."""
+        kinds: dict[Any, int] = {}
+        for index, block in enumerate(self.modules):
+            kind = tuple((name, p.shape) for name, p in block.named_parameters())
+            kinds.setdefault(kind, index)
+        return list(kinds.values())
+
 
 class LinearTensors(NamedTuple):
     """Weight and bias of a linear."""
@@ -112,21 +120,19 @@ def find_blocks(model: nn.Module) -> Blocks:
     Raises:
         ModelError: There is no module list.
     """
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     # A vision tower outside the decoder may have more and larger blocks.
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     inside = set(decoder.modules())
-    best_name, best_list, best_count = "", None, 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and module in inside:
-            count = sum(1 for _ in module.modules())
-            if count > best_count:
-                best_name, best_list, best_count = name, module, count
-    if best_list is None:
+    # What a model calls its decoder may also be its head.
+    lists = {n: m for n, m in lists.items() if m in inside} or lists
+    if not lists:
         raise ModelError(
             f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of "
             "modules. Only models built of repeated blocks can be quantized."
         )
-    return Blocks(prefix=best_name, modules=tuple(best_list))
+    prefix = max(lists, key=lambda name: sum(1 for _ in lists[name].modules()))
+    return Blocks(prefix=prefix, modules=tuple(lists[prefix]))
 
 
 def quantizable_linears(block: nn.Module) -> dict[str, nn.Module]:

@@ -22,7 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, first_line
 from halfbyte.model.blocks import Blocks, Stage
 from halfbyte.model.experts import UnfusedExperts
 
@@ -138,7 +138,9 @@ class BlockStream:
         def stop(*_: Any) -> None:
             raise _BlockDone(None)
 
-        def compare(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def compare(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+        ) -> None:
             # Stubs return their input, so that all blocks get that of the first.
             inputs.append(_hidden_of(args, kwargs))
             if not torch.allclose(inputs[-1], inputs[0], rtol=0, atol=0, equal_nan=True):
@@ -156,8 +158,8 @@ class BlockStream:
             if head is not None:
                 stack.callback(head.register_forward_pre_hook(stop, prepend=True).remove)
             for block in self.blocks.modules:
-                before = block.register_forward_pre_hook(compare, with_kwargs=True)
-                stack.callback(before.remove)
+                after = block.register_forward_hook(compare, with_kwargs=True)
+                stack.callback(after.remove)
             self.run(input_ids, hidden)
 
     def _forward_of(self, j: int, current: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,7 +189,18 @@ class BlockStream:
                 )
             if forward_pass.hidden is not None:
                 args, kwargs = _with_hidden(args, kwargs, forward_pass.hidden)
-            output = self._hidden_output(j, forward(*args, **kwargs))
+            try:
+                returned = forward(*args, **kwargs)
+            except (AttributeError, KeyError, TypeError) as error:
+                if not current:
+                    raise
+                raise ModelError(
+                    f"Cannot stream {self.blocks.name(current)}: it does not run without the "
+                    f"blocks before it ({type(error).__name__}: {first_line(error)}). It may need "
+                    "more of them than hidden states, such as keys and values that it shares with "
+                    "them; such a model cannot be quantized."
+                ) from error
+            output = self._hidden_output(j, returned)
             width = self.model.config.get_text_config().hidden_size
             if output.shape != (*forward_pass.input_ids.shape, width):
                 raise ModelError(
