@@ -217,3 +217,25 @@ def test_unbuildable_blocks_name_the_model(tmp_path: Path, monkeypatch: pytest.M
     )
     with pytest.raises(ModelError, match="Cannot find the decoder blocks of Sequential"):
         ModelWeights(tmp_path, CPU)
+
+
+def test_blocks_that_share_weights_are_refused(tmp_path: Path) -> None:
+    sizes = {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+        "hybrid_layer_ids": [0, 2],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_query_groups": 4,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 32,
+        "mamba_d_state": 16,
+        "adapter_rank": 32,
+    }
+    write_family(tmp_path, "zamba2", **sizes)
+    with pytest.raises(
+        ModelError,
+        match=r"Cannot stream model\.layers\.2 of .*: model\.layers\.2\.shared_transformer\..* is "
+        r"tied to model\.layers\.0\.shared_transformer\..*whose blocks share weights cannot be",
+    ):
+        ModelWeights(tmp_path, CPU)

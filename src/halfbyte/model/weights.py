@@ -111,6 +111,18 @@ class ModelWeights:
             self._parameters[key] = rules.parameters_of(key)
             block = self._block_of(self._parameters[key][0])
             (self._outside_keys if block is None else self._block_keys[block]).append(key)
+        self._check_ties()
+
+    def _check_ties(self) -> None:
+        """Refuse a model whose files leave out weights of a block because it shares another's."""
+        stored = {name for names in self._parameters.values() for name in names}
+        for name, source in self.model.all_tied_weights_keys.items():
+            block = self._block_of(name)
+            if name not in stored and block is not None and block != self._block_of(source):
+                raise ModelError(
+                    f"Cannot stream {self.blocks.name(block)} of {self.folder}: {name} is tied to "
+                    f"{source}. A model whose blocks share weights cannot be quantized."
+                )
 
     def block_keys(self, index: int, without: Collection[str] = ()) -> list[str]:
         """List the disk names of one block's tensors.
