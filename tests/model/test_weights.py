@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.families import write_family
+from tests.helpers.families import build_family, write_family
 from torch import nn
 
 from halfbyte.errors import CheckpointError, ModelError
 from halfbyte.model.weights import ModelWeights, load_model_config
+from halfbyte.quantize.block_work import cast_block, split_experts
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,20 @@ def test_dropped_block_is_freed_and_can_be_reloaded(family: str, tmp_path: Path)
     weights.drop_block(0)
     assert all(p.is_meta for p in weights.blocks.modules[0].parameters())
     again = dict(weights.load_block(0).named_parameters())
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "deepseek_v3"])
+def test_block_that_was_cast_is_reloaded_as_stored(family: str, tmp_path: Path) -> None:
+    build_family(family, num_hidden_layers=2).half().save_pretrained(tmp_path)
+    weights = ModelWeights(tmp_path, CPU)
+    block = weights.load_block(1)
+    split_experts(weights, 1)
+    first = {name: p.clone() for name, p in block.named_parameters()}
+    cast_block(block, torch.float16, torch.bfloat16)
+    weights.drop_block(1)
+    again = dict(weights.load_block(1).named_parameters())
+    assert {name: p.dtype for name, p in again.items()} == {n: p.dtype for n, p in first.items()}
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 

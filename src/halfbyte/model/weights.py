@@ -99,6 +99,7 @@ class ModelWeights:
         if prepare is not None:
             prepare(self.model, self.files)
         self.blocks: Blocks = find_blocks(self.model)
+        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         rules = Renaming(self.model)
         self._renamed: dict[str, str] = {}
         self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
@@ -224,13 +225,16 @@ class ModelWeights:
         return block
 
     def drop_block(self, index: int) -> None:
-        """Free one block's weights."""
-        block = self.model.get_submodule(self.blocks.name(index))
-        for module in block.modules():
+        """Free one block's weights; the next load gives them their stored dtype again."""
+        prefix = self.blocks.name(index)
+        block = self.model.get_submodule(prefix)
+        for path, module in block.named_modules(prefix=prefix):
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
+                    # Transformers loads in the dtype of the empty parameter.
+                    dtype = self._dtypes.get(f"{path}.{name}", self.dtype)
                     module._parameters[name] = nn.Parameter(
-                        parameter.data.to("meta"), requires_grad=False
+                        parameter.data.to("meta").to(dtype), requires_grad=False
                     )
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and name not in module._non_persistent_buffers_set:
