@@ -86,6 +86,7 @@ def test_heads_fold_if_groups_stay_within_them():
     assert rows.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
     assert columns.tolist() == [*rows.tolist(), *(row + 8 for row in rows.tolist())]
     assert groups[columns].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert find_head_order(groups, 4, {**config, "num_kv_shared_layers": 2}) is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from tests.helpers.adapters import load, write_adapter
+from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 from tests.helpers.processes import CONTEXT
 from tests.helpers.tiny_llama import build_tokenizer
 
@@ -121,6 +122,14 @@ def test_scheme_of_the_base_is_reused(base, tmp_path):
     plain.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"names no bits and group size.*--bits"):
         scheme_of(tmp_path)
+
+
+@pytest.mark.parametrize(("group_size", "ragged"), [(32, False), (64, True)])
+def test_groups_are_ragged_only_if_those_of_the_base_are(group_size, ragged, tmp_path):
+    # Linears of 64 and 96 inputs, and overrides as a skipped module or a smaller group leaves them.
+    recipe = Recipe(group_size=group_size, labels={"dynamic": {"-:^lm_head$": {}}})
+    write_checkpoint(tmp_path, tiny_llama_config(), recipe)
+    assert scheme_of(tmp_path)["ragged_groups"] is ragged
 
 
 def test_examples_are_separate_sequences_with_half_of_the_tokens(base):

@@ -52,6 +52,7 @@ def names(stages: list[Stage]) -> list[list[tuple[str, ...]]]:
         ("opt", "model.decoder.layers"),
         ("mixtral", "model.layers"),
         ("gpt_neox", "gpt_neox.layers"),
+        ("modernbert-decoder", "model.layers"),  # calls its head "decoder"
     ],
 )
 def test_blocks_are_the_longest_list(family: str, prefix: str) -> None:
@@ -170,14 +171,14 @@ def test_every_linear_is_in_exactly_one_stage(family: str) -> None:
     assert sorted(found) == expected
 
 
-def test_linear_that_did_not_run_gets_the_last_stage() -> None:
-    block = nn.ModuleDict({"unused": nn.Linear(4, 4), "used": nn.Linear(4, 4)})
+def test_linear_that_did_not_run_gets_the_first_stage() -> None:
+    block = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
 
     def run() -> int:
         block["used"](torch.ones(3, 4))
         return 3
 
-    assert names(find_stages(block, run)) == [[("used",)], [("unused",)]]
+    assert names(find_stages(block, run)) == [[("unused",)], [("used",)]]
 
 
 def test_equal_values_in_two_tensors_are_not_a_shared_input() -> None:

@@ -123,6 +123,24 @@ def test_block_out_of_order_is_refused(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_states_changed_between_blocks_are_refused(tmp_path: Path) -> None:
+    # XLM runs attention and feed-forward layers of two lists in turn; only one is found.
+    sizes = {"emb_dim": 64, "n_layers": 3, "n_heads": 4, "n_words": 128, "causal": True}
+    write_family(tmp_path, "xlm", **sizes)
+    weights, stream = open_stream(tmp_path)
+    ids = torch.tensor(token_lists(1, 8))
+    weights.load_block(0)
+    with stream.at(0):
+        stream.run(ids, None)
+    with pytest.raises(
+        ModelError,
+        match=r"Cannot stream transformer\.attentions: the model changes the states between "
+        "blocks 0 and 1, but only blocks may change them",
+    ):
+        stream.check_block_order(ids)
+
+
+@torch.no_grad()
 def test_block_that_gives_no_hidden_states_is_refused(tmp_path: Path) -> None:
     write_family(tmp_path, "llama")
     weights, stream = open_stream(tmp_path)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.families import write_family
+from tests.helpers.families import build_family, write_family
 from torch import nn
 
 from halfbyte.errors import CheckpointError, ModelError
 from halfbyte.model.weights import ModelWeights, load_model_config
+from halfbyte.quantize.block_work import cast_block, split_experts
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,20 @@ def test_dropped_block_is_freed_and_can_be_reloaded(family: str, tmp_path: Path)
     weights.drop_block(0)
     assert all(p.is_meta for p in weights.blocks.modules[0].parameters())
     again = dict(weights.load_block(0).named_parameters())
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "deepseek_v3"])
+def test_block_that_was_cast_is_reloaded_as_stored(family: str, tmp_path: Path) -> None:
+    build_family(family, num_hidden_layers=2).half().save_pretrained(tmp_path)
+    weights = ModelWeights(tmp_path, CPU)
+    block = weights.load_block(1)
+    split_experts(weights, 1)
+    first = {name: p.clone() for name, p in block.named_parameters()}
+    cast_block(block, torch.float16, torch.bfloat16)
+    weights.drop_block(1)
+    again = dict(weights.load_block(1).named_parameters())
+    assert {name: p.dtype for name, p in again.items()} == {n: p.dtype for n, p in first.items()}
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
@@ -216,4 +231,26 @@ def test_unbuildable_blocks_name_the_model(tmp_path: Path, monkeypatch: pytest.M
         "halfbyte.model.weights.build_skeleton", lambda *_: nn.Sequential(nn.Linear(4, 4))
     )
     with pytest.raises(ModelError, match="Cannot find the decoder blocks of Sequential"):
+        ModelWeights(tmp_path, CPU)
+
+
+def test_blocks_that_share_weights_are_refused(tmp_path: Path) -> None:
+    sizes = {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+        "hybrid_layer_ids": [0, 2],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_query_groups": 4,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 32,
+        "mamba_d_state": 16,
+        "adapter_rank": 32,
+    }
+    write_family(tmp_path, "zamba2", **sizes)
+    with pytest.raises(
+        ModelError,
+        match=r"Cannot stream model\.layers\.2 of .*: model\.layers\.2\.shared_transformer\..* is "
+        r"tied to model\.layers\.0\.shared_transformer\..*whose blocks share weights cannot be",
+    ):
         ModelWeights(tmp_path, CPU)

@@ -287,6 +287,37 @@ def test_numbers_are_evaluated_as_stored() -> None:
     value = gains.value().detach()
     assert float(value[0]) > 0, "a gain of zero can move"
     assert torch.equal(value, value.bfloat16().float())
+    small = torch.tensor([0.0, -1e-7, 2.0], dtype=torch.float16)
+    value = TrainableTensor.of_gains(small).value().detach()
+    assert torch.equal(value, small.float()), "only scales must not be 0"
+
+
+@pytest.mark.parametrize(
+    ("stored", "computing"), [("bfloat16", "float32"), ("float16", "bfloat16")]
+)
+def test_gains_are_those_of_the_files_whatever_the_dtype_of_computing(
+    stored: str, computing: str, tmp_path: Path
+) -> None:
+    model = build_family("llama", num_hidden_layers=1)
+    gains = model.model.layers[0].input_layernorm.weight
+    gains.data.copy_(torch.linspace(0.5, 2, len(gains)))
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    small = {"calibration": CalibrationConfig(samples=2, length=24), "text": token_lists(2, 24)}
+    report = quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32), **small)
+    weights = ModelWeights(tmp_path / "base", torch.device("cpu"))
+    weights.load_outside()
+    names = [[module.name for module in report.modules]]
+    shards = [tmp_path / "out" / "model-00001-of-00002.safetensors"]
+    dtype = getattr(torch, computing)
+    student = Student(weights, shards, names, dtype=dtype, resident=False)
+    trained = student.trainable["model.layers.0.input_layernorm.weight"]
+    assert torch.equal(trained.value().detach(), gains.float())
+    with torch.no_grad():
+        trained.change.fill_(1e-2)
+    exported, _ = student.export_block(0)
+    written = exported["model.layers.0.input_layernorm.weight"]
+    assert torch.equal(trained.value().detach(), written.float())
+    assert not torch.equal(written, gains)
 
 
 def test_steps_without_match_base_are_refused() -> None:

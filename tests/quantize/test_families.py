@@ -68,6 +68,36 @@ def test_model_computes_in_another_dtype_than_stored(
     assert len(report.modules) >= 4
 
 
+def test_block_that_needs_more_than_hidden_states_is_refused_after_the_first(
+    tmp_path: Path,
+) -> None:
+    shared = {
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 2,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 128,
+    }
+    write_family(tmp_path / "base", "gemma4_text", **shared)
+    with pytest.raises(
+        ModelError,
+        match=r"Cannot stream model\.layers\.4: it does not run without the blocks before it "
+        r"\(KeyError: 'sliding_attention'\)\. It may need more .* keys and values",
+    ):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CalibrationConfig(samples=2, length=24),
+            text=token_lists(2, 24),
+        )
+    shards = [path.name for path in (tmp_path / "out").glob("*.safetensors")]
+    assert "model-00002-of-00007.safetensors" not in shards
+
+
 def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: Path) -> None:
     looped = {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 3}
     write_family(tmp_path / "base", "hrm_text", **looped)

@@ -125,12 +125,30 @@ def test_loss_is_never_above_round_to_nearest(bits: int, symmetric: bool, seed: 
     torch.testing.assert_close(solution.size.double(), size, rtol=0.02, atol=1e-7)
 
 
+@pytest.mark.parametrize("case", ["dead columns", "raised eigenvalues"])
+def test_loss_is_that_of_the_hessian_where_another_matrix_was_factored(case: str) -> None:
+    w, hessian = layer(16, 64)
+    if case == "dead columns":
+        hessian[:24] = 0
+        hessian[:, :24] = 0
+    else:
+        hessian[0, 1] = hessian[1, 0] = 30 * hessian.diagonal().mean()
+    factor = factorize(hessian.clone(), damping=0.01, act_order=True)
+    assert factor.notes
+    grid = search_grid(w, factor.curvature, assign_groups(64, 32), bits=4, symmetric=True)
+    solution = solve(w, hessian, factor, grid, True)
+    error = (w - solution.grid.dequantize(solution.codes)).double()
+    loss = ((error @ hessian.double()) * error).sum(1).clamp(min=0)
+    torch.testing.assert_close(solution.loss.double(), loss, rtol=2e-3, atol=2e-6)
+
+
 def test_losses_of_the_sweep_are_those_of_its_codes() -> None:
     w, hessian = layer(24, 96)
     factor = factorize(hessian, damping=0.05, act_order=True)
     grid = search_grid(w, factor.curvature, assign_groups(96, 32), bits=4, symmetric=True)
     swept = sweep(w, factor, grid, block_columns=40)
     error = (w - grid.dequantize(swept.codes)).double()
+    assert factor.added is not None
     damped = hessian.double() + factor.added * torch.eye(96)
     torch.testing.assert_close(
         swept.damped_loss.double(), ((error @ damped) * error).sum(1), rtol=1e-4, atol=1e-9

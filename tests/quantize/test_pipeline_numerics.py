@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.helpers.checkpoints import read_tensors
-from tests.helpers.families import build_family, token_lists, write_family
+from tests.helpers.families import build_family, token_lists, write_decided_family, write_family
 from tests.helpers.runs import SMALL, assert_loads_and_computes, bytes_of, quantize, run
 from transformers import PreTrainedModel
 
@@ -113,6 +113,25 @@ def test_batches_dropped_in_part_are_noted_by_module(
     assert {m.num_tokens for m in report.modules} == {4 * 32}
     for module in report.modules:
         assert "64 of 192 tokens dropped: their inputs are not finite" in module.notes
+
+
+def test_block_that_reads_a_weight_without_running_its_linear(tmp_path: Path) -> None:
+    # Mamba's dt_proj. The states behind a block are those of its rounded weights, whether or not
+    # its passes were kept in memory while it was rounded.
+    sizes = {"state_size": 16, "time_step_rank": 32, "num_hidden_layers": 2}
+    write_decided_family(tmp_path / "base", "mamba", **sizes)
+    for memory in ("64GB", "1MB"):
+        report = quantize(
+            tmp_path / "base",
+            tmp_path / memory,
+            QuantConfig(bits=2, group_size=32),
+            calibration=CalibrationConfig(samples=2, length=16),
+            text=token_lists(2, 16),
+            resources=ResourceConfig(memory=memory),
+        )
+        (idle,) = (m for m in report.modules if m.name == "backbone.layers.0.mixer.dt_proj")
+        assert idle.num_tokens == 0
+    assert bytes_of(tmp_path / "64GB") == bytes_of(tmp_path / "1MB")
 
 
 def test_weights_too_small_for_scales_are_noted(tmp_path: Path) -> None:

@@ -151,8 +151,10 @@ def find_head_order(
 
     Returns:
         The orders of the projection's columns and of the value's rows; None if the query heads of
-        a value head have no common order.
+        a value head have no common order, or layers share values.
     """
+    if config.get("num_kv_shared_layers"):
+        return None  # the output projections of other layers read these values, too
     heads = config.get("num_attention_heads")
     if not isinstance(heads, int) or heads < 1 or len(groups) % heads:
         return None

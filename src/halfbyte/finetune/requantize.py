@@ -21,6 +21,7 @@ from typing import Any
 
 from halfbyte.checkpoint.identity import name_folder
 from halfbyte.checkpoint.labels import read_labels
+from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.loading import load_tokenizer, open_subject
 from halfbyte.finetune.data import Example
@@ -150,7 +151,7 @@ def scheme_of(folder: Path) -> dict[str, Any]:
         Its bits, groups, symmetry and order, as fields of ``QuantConfig``.
 
     Raises:
-        CheckpointError: It is not quantized.
+        CheckpointError: It is not quantized, or damaged.
     """
     labels = read_labels(folder).raw
     if "bits" not in labels or "group_size" not in labels:
@@ -158,12 +159,13 @@ def scheme_of(folder: Path) -> dict[str, Any]:
             f"{folder} names no bits and group size, so its settings cannot be reused. Use --bits "
             "and --group-size."
         )
+    linears = open_checkpoint(folder).linears.values()
     return {
         "bits": int(labels["bits"]),
         "group_size": int(labels["group_size"]),
         "symmetric": bool(labels.get("sym", True)),
         "desc_act": bool(labels.get("desc_act", False)),
-        "ragged_groups": bool(labels.get("dynamic")),
+        "ragged_groups": any(linear.is_ragged for linear in linears),
     }
 
 

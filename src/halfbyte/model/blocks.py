@@ -35,6 +35,14 @@ class Blocks:
         """Return the dotted name of one block."""
         return f"{self.prefix}.{index}"
 
+    def first_of_each_kind(self) -> list[int]:
+        """Return the first block of every set of parameter names and shapes."""
+        kinds: dict[Any, int] = {}
+        for index, block in enumerate(self.modules):
+            kind = tuple((name, p.shape) for name, p in block.named_parameters())
+            kinds.setdefault(kind, index)
+        return list(kinds.values())
+
 
 class LinearTensors(NamedTuple):
     """Weight and bias of a linear."""
@@ -112,21 +120,19 @@ def find_blocks(model: nn.Module) -> Blocks:
     Raises:
         ModelError: There is no module list.
     """
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     # A vision tower outside the decoder may have more and larger blocks.
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     inside = set(decoder.modules())
-    best_name, best_list, best_count = "", None, 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and module in inside:
-            count = sum(1 for _ in module.modules())
-            if count > best_count:
-                best_name, best_list, best_count = name, module, count
-    if best_list is None:
+    # What a model calls its decoder may also be its head.
+    lists = {n: m for n, m in lists.items() if m in inside} or lists
+    if not lists:
         raise ModelError(
             f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of "
             "modules. Only models built of repeated blocks can be quantized."
         )
-    return Blocks(prefix=best_name, modules=tuple(best_list))
+    prefix = max(lists, key=lambda name: sum(1 for _ in lists[name].modules()))
+    return Blocks(prefix=prefix, modules=tuple(lists[prefix]))
 
 
 def quantizable_linears(block: nn.Module) -> dict[str, nn.Module]:
@@ -163,7 +169,8 @@ def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
         run_block: Runs the block's forward on a few tokens.
 
     Returns:
-        Stages in execution order, followed by one stage for each linear that did not run.
+        One stage for each linear that did not run, then the others in execution order. A block may
+        read the weight of a linear without running it; rounded first, all later stages see it.
     """
     linears = quantizable_linears(block)
     experts = {n: m for n, m in block.named_modules() if isinstance(m, UnfusedExperts)}
@@ -212,8 +219,8 @@ def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
             group = InputGroup(linears=tuple(groups[item]))
             stages.append(Stage(groups=(group,), input_features=item[1][-1]))
     seen = staged.union(*(set(g.linears) for s in stages for g in s.groups))
-    stages += [Stage(groups=(InputGroup(linears=(n,)),)) for n in linears if n not in seen]
-    return stages
+    idle = [Stage(groups=(InputGroup(linears=(n,)),)) for n in linears if n not in seen]
+    return [*idle, *stages]
 
 
 def _per_token(stage: Stage, tokens: int) -> Stage:

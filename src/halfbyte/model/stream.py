@@ -22,7 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, first_line
 from halfbyte.model.blocks import Blocks, Stage
 from halfbyte.model.experts import UnfusedExperts
 
@@ -122,19 +122,34 @@ class BlockStream:
         return forward_pass.output
 
     def check_block_order(self, input_ids: Tensor) -> None:
-        """Check that the model runs its blocks once each, in order; call it after the first block.
+        """Check that the model runs its blocks once each, in order, and nothing between them.
 
-        Runs the tail up to the head, which is cheap.
+        Call it after the first block. It runs the tail up to the head, which is cheap.
 
         Args:
             input_ids: [1, tokens].
 
         Raises:
-            ModelError: The model runs its blocks in another order, or repeatedly.
+            ModelError: The model runs its blocks in another order or repeatedly, or changes the
+                states between them.
         """
+        inputs: list[Tensor] = []
 
         def stop(*_: Any) -> None:
             raise _BlockDone(None)
+
+        def compare(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+        ) -> None:
+            # Stubs return their input, so that all blocks get that of the first.
+            inputs.append(_hidden_of(args, kwargs))
+            if not torch.allclose(inputs[-1], inputs[0], rtol=0, atol=0, equal_nan=True):
+                last = len(inputs) - 1
+                raise ModelError(
+                    f"Cannot stream {self.blocks.prefix}: the model changes the states between "
+                    f"blocks {last - 1} and {last}, but only blocks may change them. This kind of "
+                    "model cannot be quantized."
+                )
 
         width = self.model.config.get_text_config().hidden_size
         hidden = torch.zeros((*input_ids.shape, width), dtype=self.dtype, device=input_ids.device)
@@ -142,6 +157,9 @@ class BlockStream:
             head = self.model.get_output_embeddings()
             if head is not None:
                 stack.callback(head.register_forward_pre_hook(stop, prepend=True).remove)
+            for block in self.blocks.modules:
+                after = block.register_forward_hook(compare, with_kwargs=True)
+                stack.callback(after.remove)
             self.run(input_ids, hidden)
 
     def _forward_of(self, j: int, current: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,7 +189,18 @@ class BlockStream:
                 )
             if forward_pass.hidden is not None:
                 args, kwargs = _with_hidden(args, kwargs, forward_pass.hidden)
-            output = self._hidden_output(j, forward(*args, **kwargs))
+            try:
+                returned = forward(*args, **kwargs)
+            except (AttributeError, KeyError, TypeError) as error:
+                if not current:
+                    raise
+                raise ModelError(
+                    f"Cannot stream {self.blocks.name(current)}: it does not run without the "
+                    f"blocks before it ({type(error).__name__}: {first_line(error)}). It may need "
+                    "more of them than hidden states, such as keys and values that it shares with "
+                    "them; such a model cannot be quantized."
+                ) from error
+            output = self._hidden_output(j, returned)
             width = self.model.config.get_text_config().hidden_size
             if output.shape != (*forward_pass.input_ids.shape, width):
                 raise ModelError(

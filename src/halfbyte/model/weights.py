@@ -99,6 +99,7 @@ class ModelWeights:
         if prepare is not None:
             prepare(self.model, self.files)
         self.blocks: Blocks = find_blocks(self.model)
+        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         rules = Renaming(self.model)
         self._renamed: dict[str, str] = {}
         self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
@@ -111,6 +112,18 @@ class ModelWeights:
             self._parameters[key] = rules.parameters_of(key)
             block = self._block_of(self._parameters[key][0])
             (self._outside_keys if block is None else self._block_keys[block]).append(key)
+        self._check_ties()
+
+    def _check_ties(self) -> None:
+        """Refuse a model whose files leave out weights of a block because it shares another's."""
+        stored = {name for names in self._parameters.values() for name in names}
+        for name, source in self.model.all_tied_weights_keys.items():
+            block = self._block_of(name)
+            if name not in stored and block is not None and block != self._block_of(source):
+                raise ModelError(
+                    f"Cannot stream {self.blocks.name(block)} of {self.folder}: {name} is tied to "
+                    f"{source}. A model whose blocks share weights cannot be quantized."
+                )
 
     def block_keys(self, index: int, without: Collection[str] = ()) -> list[str]:
         """List the disk names of one block's tensors.
@@ -212,13 +225,16 @@ class ModelWeights:
         return block
 
     def drop_block(self, index: int) -> None:
-        """Free one block's weights."""
-        block = self.model.get_submodule(self.blocks.name(index))
-        for module in block.modules():
+        """Free one block's weights; the next load gives them their stored dtype again."""
+        prefix = self.blocks.name(index)
+        block = self.model.get_submodule(prefix)
+        for path, module in block.named_modules(prefix=prefix):
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
+                    # Transformers loads in the dtype of the empty parameter.
+                    dtype = self._dtypes.get(f"{path}.{name}", self.dtype)
                     module._parameters[name] = nn.Parameter(
-                        parameter.data.to("meta"), requires_grad=False
+                        parameter.data.to("meta").to(dtype), requires_grad=False
                     )
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None and name not in module._non_persistent_buffers_set:

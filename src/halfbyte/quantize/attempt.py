@@ -136,6 +136,8 @@ class Attempt:
                 settings=self.settings,
                 seed=self.task.seed,
             )
+            # Listed before the first block's experts are split, which changes its parameters.
+            kinds = self.weights.blocks.first_of_each_kind()
             with BlockWriter(self.journal, in_background=self.settings.hold_states) as writer:
                 outside = None
                 if not (self.config.lm_head or self.config.end_to_end_steps):
@@ -146,6 +148,7 @@ class Attempt:
                     if index == 0:
                         first_window = self.probe.ids[:1].to(self.weights.device)
                         self.stream.check_block_order(first_window)
+                        walk.check_blocks(kinds[1:], first_window)
                 with self.meter.timed("write"):
                     writer.wait()
                 tuning = self._tune_end_to_end(states)

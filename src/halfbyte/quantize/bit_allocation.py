@@ -5,8 +5,8 @@ all experts of a layer. Each such set is a unit, which gets its bits as a whole.
 
 The allocation is greedy: every unit starts at its fewest bits, then the upgrade that reduces the
 loss most per bit of storage is taken, as long as the budget allows. On the lower convex hull of
-each unit's losses the result is optimal for the storage that it uses; it misses the optimum for
-the full budget by one upgrade at most.
+each unit's losses this is optimal up to the first upgrade that does not fit. Smaller upgrades use
+what is left; the result misses the optimum for the full budget by that one upgrade at most.
 """
 
 from __future__ import annotations

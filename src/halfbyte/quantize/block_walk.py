@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from halfbyte.machine.memory import release_memory
@@ -19,7 +20,7 @@ from halfbyte.model.stream import ForwardPasses
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_shard import gather_block
 from halfbyte.quantize.block_tuning import TuningData, tune_rounded
-from halfbyte.quantize.block_work import BlockWork, LoadBatch
+from halfbyte.quantize.block_work import DISCOVERY_TOKENS, BlockWork, LoadBatch
 from halfbyte.quantize.block_writer import BlockWriter
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.probe import Probe
@@ -71,6 +72,27 @@ class BlockWalk:
         del block, exact, tasks, rounded
         weights.drop_block(index)
         release_memory()
+
+    def check_blocks(self, indices: Sequence[int], ids: Tensor) -> None:
+        """Check that blocks run without those before them, before hours are spent on others.
+
+        Args:
+            indices: The blocks.
+            ids: [1, tokens], of which a few are used.
+
+        Raises:
+            ModelError: One needs more than hidden states from the blocks before it.
+        """
+        weights, stream = self.work.weights, self.work.stream
+        ids = ids[:, :DISCOVERY_TOKENS]
+        width = int(weights.config.get_text_config().hidden_size)
+        hidden = torch.zeros((*ids.shape, width), dtype=stream.dtype, device=ids.device)
+        for index in indices:
+            self.work.load(index)
+            with stream.at(index):
+                stream.run(ids, hidden)
+            weights.drop_block(index)
+            release_memory()
 
     def loader(self, stream: str, position: int) -> LoadBatch:
         """Return a function that loads a batch's input to a block.

@@ -142,7 +142,10 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric
         The better of both for each row, so that no row's loss exceeds that of round-to-nearest.
     """
     swept = sweep(weight, factor, grid)
-    loss = (swept.damped_loss - factor.added * swept.squared_error).clamp_(min=0)
+    if factor.added is None:
+        loss = output_loss(weight - grid.dequantize(swept.codes), hessian)
+    else:
+        loss = (swept.damped_loss - factor.added * swept.squared_error).clamp_(min=0)
     plain = min_max_grid(weight, grid.g_idx, bits=grid.bits, symmetric=symmetric)
     plain_codes = plain.round_to_nearest(weight)
     fast_hessian = fast_copy(hessian)

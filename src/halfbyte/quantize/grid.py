@@ -162,7 +162,7 @@ def search_grid(
 def _search_symmetric(grouped: Tensor, weights: Tensor, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
     span = grouped.abs().amax(-1) / half
-    search = _Search(grouped, weights, -half, half - 1)
+    search = _Search(grouped, weights, -half, half - 1, span)
     for share in _signed_shares(bits):
         search.try_scales(span * share, None, share)
     center = search.best_share.clone()
@@ -177,7 +177,7 @@ def _search_asymmetric(grouped: Tensor, weights: Tensor, bits: int) -> tuple[Ten
     span = (high - low) / top
     exact = (-low / span.clamp(min=SMALLEST_SCALE)).clamp(0, top)
     zeros = [z.clamp(1, top) for z in (exact.floor(), exact.ceil())]
-    search = _Search(grouped, weights, 0, top)
+    search = _Search(grouped, weights, 0, top, span, zeros[0])
     for share in (*_coarse_shares(), 1.0):
         for zero in zeros:
             search.try_scales(span * share, zero, share)
@@ -191,14 +191,22 @@ def _search_asymmetric(grouped: Tensor, weights: Tensor, bits: int) -> tuple[Ten
 class _Search:
     """Keeps the best grid tried so far of every group."""
 
-    def __init__(self, grouped: Tensor, weights: Tensor, lowest: int, highest: int) -> None:
+    def __init__(
+        self,
+        grouped: Tensor,
+        weights: Tensor,
+        lowest: int,
+        highest: int,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+    ) -> None:
         self.grouped, self.weights = grouped, weights
         self.lowest, self.highest = lowest, highest
-        shape = grouped.shape[:2]
-        self.best_loss = grouped.new_full(shape, float("inf"))
-        self.best_scales = grouped.new_ones(shape)
-        self.best_zeros = grouped.new_zeros(shape)
-        self.best_share = grouped.new_zeros(shape)
+        self.best_loss = torch.full_like(scales, float("inf"))
+        # For groups whose every loss overflows.
+        self.best_scales = round_to_stored(scales)
+        self.best_zeros = torch.zeros_like(scales) if zeros is None else zeros
+        self.best_share = torch.zeros_like(scales)
 
     def try_scales(self, scales: Tensor, zeros: Tensor | None, share: Tensor | float) -> None:
         scales = round_to_stored(scales)

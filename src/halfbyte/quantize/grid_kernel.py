@@ -74,13 +74,13 @@ def grid_kernel(
     x = tl.load(grouped + place, mask=inside[:, None] & (lane[None, :] < size), other=0.0)
     weights = tl.load(curvature + group * size + lane, mask=lane < size, other=0.0)
     best_loss = tl.full([ROWS], float("inf"), tl.float32)
-    best_scales = tl.full([ROWS], 1.0, tl.float32)
     best_share = tl.full([ROWS], 0.0, tl.float32)
     if SYMMETRIC:
         half: tl.constexpr = (TOP + 1) // 2
         span = tl.reduce(tl.abs(x), 1, _larger) / half
         lowest = tl.full([ROWS], -half, tl.float32)
         highest = tl.full([ROWS], half - 1, tl.float32)
+        best_scales = _stored(span, SMALLEST, LARGEST)
         best_zeros = tl.full([ROWS], half, tl.float32)
         for i in range(COARSE):
             share = tl.load(coarse + i)
@@ -105,7 +105,8 @@ def grid_kernel(
         exact = tl.minimum(tl.maximum(-low / tl.maximum(span, SMALLEST), 0.0), TOP)
         down = tl.minimum(tl.maximum(tl.floor(exact), 1.0), TOP)
         up = tl.minimum(tl.maximum(tl.ceil(exact), 1.0), TOP)
-        best_zeros = tl.full([ROWS], 0.0, tl.float32)
+        best_scales = _stored(span, SMALLEST, LARGEST)
+        best_zeros = down
         for i in range(2 * COARSE):
             share = tl.load(coarse + i // 2)
             zero = tl.where(i % 2 == 0, down, up)

@@ -192,8 +192,9 @@ class Factor:
     """fp32 [in, in], upper triangular, in rounding order: H + damping = upper @ upperᵀ."""
     damping: float
     """Damping that was used, as a fraction of the mean diagonal."""
-    added: float
-    """The same in absolute terms: ``upper @ upper.T`` exceeds H by this on its diagonal."""
+    added: float | None
+    """The same in absolute terms: ``upper @ upper.T`` exceeds H by this on its diagonal. None: it
+    is the factor of another matrix, because columns were dead or H could not be factored."""
     notes: tuple[str, ...]
     """One note per fallback that was used."""
 
@@ -236,18 +237,18 @@ def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[order][:, order]
-    upper, used, fallbacks = _factor(hessian, damping)
+    upper, used, added, fallbacks = _factor(hessian, damping)
     return Factor(
         order=order,
         upper=upper,
         damping=used,
-        added=used * float(hessian.diagonal().mean()),
+        added=None if notes else added,
         notes=(*notes, *fallbacks),
     )
 
 
-def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
-    """Factor a Hessian by Cholesky; returns the factor, the damping used, and notes.
+def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, float | None, list[str]]:
+    """Factor a Hessian by Cholesky; returns what :class:`Factor` holds, without the order.
 
     Fallbacks, in order: more damping, fp64, raised eigenvalues, the diagonal alone.
     """
@@ -257,21 +258,21 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
         upper = _upper_cholesky(hessian, level * mean)
         if upper is not None:
             notes = [f"damping raised from {damping:g} to {level:g}"] if level > damping else []
-            return upper, level, notes
+            return upper, level, level * mean, notes
         level *= 10
     double = hessian.double()
     upper = _upper_cholesky(double, damping * mean)
     if upper is not None:
-        return upper.float(), damping, ["factored in double precision"]
+        return upper.float(), damping, damping * mean, ["factored in double precision"]
     if bool(torch.isfinite(double).all()):
         values, vectors = torch.linalg.eigh((double + double.t()) / 2)
         floor = EIGENVALUE_FLOOR * float(values.max()) + damping * mean
         raised = (vectors * values.clamp(min=floor)) @ vectors.t()
         upper = _upper_cholesky(raised, 0.0)
         if upper is not None:
-            return upper.float(), damping, ["small and negative eigenvalues raised"]
+            return upper.float(), damping, None, ["small and negative eigenvalues raised"]
     roots = hessian.diagonal().nan_to_num(mean).clamp(min=mean * DEAD_RATIO).sqrt()
-    return torch.diag(roots), damping, ["could not be factored: weighted round-to-nearest"]
+    return torch.diag(roots), damping, None, ["could not be factored: weighted round-to-nearest"]
 
 
 def _upper_cholesky(matrix: Tensor, damping: float) -> Tensor | None:

@@ -7,7 +7,7 @@ stored. The gradient treats that rounding as the identity (straight-through esti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,32 +37,32 @@ class TrainableTensor:
     """Scale of ``change``; broadcasts over ``start``."""
     change: Tensor
     """fp32, of ``start``'s shape; the leaf that the optimizer updates."""
-    stored: torch.dtype
-    """Dtype that the value is stored in."""
+    store: Callable[[Tensor], Tensor]
+    """Rounds values as they will be stored; returns fp32."""
 
     @classmethod
     def of_scales(cls, scales: Tensor) -> TrainableTensor:
         """Train scales, each relative to its own initial value."""
         start = scales.float()
         change = torch.zeros_like(start).requires_grad_()
-        return cls(start=start, unit=start, change=change, stored=torch.float16)
+        return cls(start=start, unit=start, change=change, store=round_to_stored)
 
     @classmethod
     def of_gains(cls, gains: Tensor) -> TrainableTensor:
-        """Train a norm's gains relative to their RMS, because single gains may be zero."""
+        """Train a norm's gains, given as stored, relative to their RMS: single ones may be zero."""
         start = gains.detach().float().clone()
         change = torch.zeros_like(start).requires_grad_()
         unit = start.square().mean().sqrt()
-        return cls(start=start, unit=unit, change=change, stored=gains.dtype)
+        dtype = gains.dtype
+        return cls(
+            start=start, unit=unit, change=change, store=lambda exact: exact.to(dtype).float()
+        )
 
     def value(self) -> Tensor:
         """Return the current value, rounded as stored; differentiable by ``change``."""
         exact = torch.addcmul(self.start, self.unit, self.change)
         with torch.no_grad():
-            if self.stored == torch.float16:
-                off = round_to_stored(exact) - exact
-            else:
-                off = exact.to(self.stored).float() - exact
+            off = self.store(exact) - exact
         return exact + off
 
 
@@ -115,11 +115,12 @@ class Student:
                     self.trainable[f"{self._disk_name(index, module)}.scales"] = (
                         TrainableTensor.of_scales(grid.scales)
                     )
-                for name in block.gains:
-                    gains = block.module.get_parameter(name)
-                    self.trainable[self._gain_name(index, name)] = TrainableTensor.of_gains(gains)
-        for name, gains in self._outside_gains().items():
-            self.trainable[f"{name}.weight"] = TrainableTensor.of_gains(gains)
+                for gain in block.gains:
+                    name = self._gain_name(index, gain)
+                    self.trainable[name] = TrainableTensor.of_gains(self._read(name))
+        for module in self._outside_gains():
+            gains = self._read(f"{weights.disk_name(module)}.weight")
+            self.trainable[f"{module}.weight"] = TrainableTensor.of_gains(gains)
 
     @contextmanager
     def enter(self, index: int) -> Iterator[None]:
@@ -173,9 +174,9 @@ class Student:
         """
         exported = {}
         for name, parameter in self._outside_gains().items():
-            value = self.trainable[f"{name}.weight"].value().detach().to(parameter.dtype)
+            value = self.trainable[f"{name}.weight"].value().detach()
             self.weights.model.get_submodule(name)._parameters["weight"] = nn.Parameter(
-                value, requires_grad=False
+                value.to(parameter.dtype), requires_grad=False
             )
             stored = self.weights.files.infos[f"{self.weights.disk_name(name)}.weight"].dtype
             exported[f"{self.weights.disk_name(name)}.weight"] = value.to(stored).cpu()
@@ -259,6 +260,10 @@ class Student:
         for module, parameter in block.emptied.items():
             block.module.get_submodule(module)._parameters["weight"] = parameter
         self.weights.drop_block(index)
+
+    def _read(self, name: str) -> Tensor:
+        """Read a tensor of the base model, which its block holds in the compute dtype."""
+        return self.weights.files.load([name])[name].to(self.weights.device)
 
     def _disk_name(self, index: int, module: str) -> str:
         return self.weights.disk_name(f"{self.weights.blocks.name(index)}.{module}")
