@@ -266,7 +266,9 @@ def count_characters(body: Mapping[str, Any]) -> int:
     prompt = body.get("prompt")
     if prompt is not None:
         return len(prompt) if isinstance(prompt, str) else sum(map(len, map(str, prompt)))
-    return sum(len(str(message.get("content"))) for message in body.get("messages", ()))
+    messages = body.get("messages", ())
+    parts = [message.get(name) for message in messages for name in ("content", "tool_calls")]
+    return sum(len(str(part)) for part in (*parts, body.get("tools")) if part)
 
 
 def _make_request(
