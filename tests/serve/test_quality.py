@@ -22,6 +22,8 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.quality import open_quality
 from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.rollout import evidence
+from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model
 from halfbyte.serve.routing import spending_file
 from halfbyte.serve.watch import alerts as alerts_module
@@ -57,6 +59,25 @@ def wide(tmp_path, **more):
     return QualityConfig(
         canary_share=0.3, canary_margin=0.1, evidence=str(tmp_path / "evidence"), **more
     )
+
+
+def test_newest_evidence_is_written_although_the_disk_is_slow(tmp_path, monkeypatch):
+    written = []
+
+    def write(path, parts):
+        time.sleep(0.05)
+        written.append(json.loads(b"".join(parts))["number"])
+
+    monkeypatch.setattr(evidence, "write_atomically", write)
+    file = EvidenceFile(tmp_path / "evidence.json")
+    for number in range(20):
+        file.write({"number": number})
+    for _ in range(100):
+        if written and written[-1] == 19:
+            break
+        time.sleep(0.02)
+    assert written[-1] == 19
+    assert len(written) <= 3
 
 
 def test_fallback_budget_survives_a_restart_and_expires(tmp_path, monkeypatch):
