@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.engine.contract import Ended, Generated, Grammar
+from halfbyte.serve.engine.grammar import Grammars
 
 pytest.importorskip("llguidance")
 
@@ -100,3 +101,10 @@ def test_invalid_grammars_are_rejected(folder, grammar, words):
     assert (caught.value.status, caught.value.code) == (400, "invalid_grammar")
     assert caught.value.param == "response_format"
     assert words in str(caught.value)
+
+
+def test_first_mask_is_computed_while_the_grammar_is_compiled(folder):
+    # Only the first mask shows that this schema allows nothing; it must not delay other requests.
+    text = '{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}'
+    with pytest.raises(ServeError, match=r"Cannot continue an answer with this grammar"):
+        Grammars(folder, 300, [1]).compile(Grammar(kind="json_schema", text=text))

@@ -118,7 +118,10 @@ class Grammars:
         matcher = LLMatcher(self._load_tokenizer(), source)
         if matcher.is_error():
             _reject(grammar, _first_line(matcher.get_error()))
-        return Matcher(matcher, self._vocabulary)
+        compiled = Matcher(matcher, self._vocabulary)
+        # The first mask builds the lexer, which may take seconds: here it delays only this request.
+        compiled.allowed()
+        return compiled
 
     def _load_tokenizer(self) -> Any:
         with self._lock:
