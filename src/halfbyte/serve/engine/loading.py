@@ -85,8 +85,17 @@ def make_engine(
     model.eval()
     runner = choose_runner(model, config)
     context = _find_context(model, config)
+    step_bytes = 0
+    if isinstance(runner, NativeRunner):
+        step_bytes = runner.plan_step_bytes(config.max_batched_tokens, context)
     plan = plan_engine(
-        model, folder, runner.bytes_per_token, context, config, before_bytes=before_bytes
+        model,
+        folder,
+        runner.bytes_per_token,
+        context,
+        config,
+        step_bytes=step_bytes,
+        before_bytes=before_bytes,
     )
     # No request can be longer than the cache.
     context = min(context, plan.pages * config.page_tokens)
