@@ -27,6 +27,7 @@ from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model
 from halfbyte.serve.routing import spending_file
 from halfbyte.serve.watch import alerts as alerts_module
+from halfbyte.serve.watch import health
 from halfbyte.store.store import Store
 
 GOOD = answer("a good answer of several words")
@@ -282,6 +283,23 @@ def test_all_features_work_together(tmp_path):
     assert all(backend.closed for backend in made.values())
     assert set(made) == {"larger", "shade", "base", "new"}
     assert json.loads((tmp_path / "e" / "canary.json").read_text())["requests"] == 50
+
+
+def test_memory_alert_is_cleared_when_the_memory_is_free_again(monkeypatch):
+    clock, used = Clock(), [3e9]
+    monkeypatch.setattr(health, "resident_memory_bytes", lambda: used[0])
+    quality = open_quality(ScriptedBackend("small", GOOD), QualityConfig(), None, clock=clock)
+    quality.metrics.set_plan(total=10**9)
+
+    def alerts_after_a_request():
+        clock.now += 1.1
+        asyncio.run(collect(quality.router, make_call()))
+        return [alert.name for alert in quality.alerts.active]
+
+    # Two versions are in memory while one replaces the other.
+    assert alerts_after_a_request() == ["memory"]
+    used[0] = 1.2e9
+    assert alerts_after_a_request() == []
 
 
 def test_dead_model_used_up_budget_and_high_memory_raise_alerts():

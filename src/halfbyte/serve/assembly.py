@@ -253,7 +253,7 @@ def open_embedded(
     # Before the engine, whose memory plan counts what the process uses already.
     tokenizer = load_tokenizer(folder)
     return EmbeddedBackend(
-        open_engine(folder, engine),
+        open_engine(folder, engine, tokenizer=tokenizer),
         tokenizer,
         model=name,
         config=config,
