@@ -16,7 +16,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.serve.api import connection
 from halfbyte.serve.assembly import read_keys
 from halfbyte.serve.config import ServeConfig, is_loopback
-from halfbyte.serve.keys import ApiKeys, read_key_file
+from halfbyte.serve.keys import ApiKeys, KeyFile, read_key_file
 
 
 def test_every_path_but_health_needs_a_key(caplog):
@@ -118,6 +118,42 @@ def test_key_file_and_environment(tmp_path, monkeypatch):
         read_key_file(path)
     with pytest.raises(ConfigError, match="Cannot read the API keys"):
         read_key_file(tmp_path / "none")
+
+
+def test_keys_of_a_file_are_added_and_revoked_while_the_server_runs(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("HALFBYTE_API_KEYS", raising=False)
+    path = tmp_path / "keys.txt"
+
+    def write(text, mode=0o600):
+        path.write_text(text)
+        path.chmod(mode)
+
+    write("ann:first-secret\n")
+    config = ServeConfig(api_key_file=path, api_keys=("eve:fifth-secret",))
+    keys = read_keys(config)
+    file = KeyFile(path, keys, lambda: read_keys(config))
+
+    def find(*secrets):
+        file.poll()
+        return [keys.find(secret) for secret in secrets]
+
+    assert find("first-secret", "fifth-secret") == ["ann", "eve"]
+    write("bob:second-secret\n")
+    assert find("first-secret", "second-secret", "fifth-secret") == [None, "bob", "eve"]
+    write("ann:short\n")
+    assert find("second-secret") == ["bob"]
+    assert "The API keys stay as they are: The secret of API key 'ann' has 5" in caplog.text
+    write("ann:first-secret\n", mode=0o644)
+    assert find("first-secret", "second-secret") == [None, "bob"]
+    path.chmod(0o600)
+    assert find("first-secret", "second-secret") == ["ann", None]
+    path.unlink()
+    assert find("first-secret") == ["ann"]
+    # A server that has only the file's keys must not be left without any.
+    config = ServeConfig(api_key_file=path)
+    write("# none\n")
+    assert find("first-secret") == ["ann"]
+    assert f"The API keys stay as they are: '{path}' has none." in caplog.text
 
 
 def test_public_address_requires_a_key(monkeypatch):

@@ -167,6 +167,7 @@ class Gateway:
             A JSON response or a stream.
         """
         call = self._make_call(request, kind, body)
+        request.state.request_id = call.id
         served = Served()
         self._check(call)
         formatter = AnswerFormatter(call, str(body["model"]))
