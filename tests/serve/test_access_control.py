@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import socket
@@ -9,11 +10,14 @@ import time
 
 import httpx2
 import pytest
+from starlette.requests import Request
 from tests.serve.helpers_gateway import CHAT, HEAD, JSON, SECRET, bearer, make_gateway
 from tests.serve.helpers_server import serve
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.api import connection
+from halfbyte.serve.api.request_body import read_body
+from halfbyte.serve.api.request_schemas import ChatRequest
 from halfbyte.serve.assembly import read_keys
 from halfbyte.serve.config import ServeConfig, is_loopback
 from halfbyte.serve.keys import ApiKeys, KeyFile, read_key_file
@@ -266,6 +270,32 @@ def test_no_body_breaks_the_server(body):
             reply = httpx2.post(f"{server.v1}/{path}", content=body, headers=JSON)
             assert reply.status_code == 400, reply.text
             assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({f"field{i}": 1 for i in range(200_000)}, "Unrecognized request argument: 'field0'."),
+        ({"messages": [{"role": "user", "content": "x"}] * 90_000}, "at most 10000 items"),
+        ({"messages": [{"role": "usr", "content": "x"}] * 90_000}, "'role' should be system"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 90_000}]},
+            "at most 10000 items",
+        ),
+    ],
+)
+def test_body_with_very_many_errors_is_rejected_quickly(more, said):
+    content = json.dumps({"model": "tiny", "messages": [], **more}).encode()
+
+    async def receive():
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+    start = time.thread_time()
+    with pytest.raises(ServeError, match=said):
+        asyncio.run(read_body(request, ChatRequest, ServeConfig(max_body_bytes=10**7)))
+    assert time.thread_time() - start < 1
 
 
 def test_choices_are_limited():
