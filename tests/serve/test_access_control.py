@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import socket
@@ -9,14 +10,17 @@ import time
 
 import httpx2
 import pytest
+from starlette.requests import Request
 from tests.serve.helpers_gateway import CHAT, HEAD, JSON, SECRET, bearer, make_gateway
 from tests.serve.helpers_server import serve
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.api import connection
+from halfbyte.serve.api.request_body import read_body
+from halfbyte.serve.api.request_schemas import ChatRequest
 from halfbyte.serve.assembly import read_keys
 from halfbyte.serve.config import ServeConfig, is_loopback
-from halfbyte.serve.keys import ApiKeys, read_key_file
+from halfbyte.serve.keys import ApiKeys, KeyFile, read_key_file
 
 
 def test_every_path_but_health_needs_a_key(caplog):
@@ -118,6 +122,42 @@ def test_key_file_and_environment(tmp_path, monkeypatch):
         read_key_file(path)
     with pytest.raises(ConfigError, match="Cannot read the API keys"):
         read_key_file(tmp_path / "none")
+
+
+def test_keys_of_a_file_are_added_and_revoked_while_the_server_runs(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("HALFBYTE_API_KEYS", raising=False)
+    path = tmp_path / "keys.txt"
+
+    def write(text, mode=0o600):
+        path.write_text(text)
+        path.chmod(mode)
+
+    write("ann:first-secret\n")
+    config = ServeConfig(api_key_file=path, api_keys=("eve:fifth-secret",))
+    keys = read_keys(config)
+    file = KeyFile(path, keys, lambda: read_keys(config))
+
+    def find(*secrets):
+        file.poll()
+        return [keys.find(secret) for secret in secrets]
+
+    assert find("first-secret", "fifth-secret") == ["ann", "eve"]
+    write("bob:second-secret\n")
+    assert find("first-secret", "second-secret", "fifth-secret") == [None, "bob", "eve"]
+    write("ann:short\n")
+    assert find("second-secret") == ["bob"]
+    assert "The API keys stay as they are: The secret of API key 'ann' has 5" in caplog.text
+    write("ann:first-secret\n", mode=0o644)
+    assert find("first-secret", "second-secret") == [None, "bob"]
+    path.chmod(0o600)
+    assert find("first-secret", "second-secret") == ["ann", None]
+    path.unlink()
+    assert find("first-secret") == ["ann"]
+    # A server that has only the file's keys must not be left without any.
+    config = ServeConfig(api_key_file=path)
+    write("# none\n")
+    assert find("first-secret") == ["ann"]
+    assert f"The API keys stay as they are: '{path}' has none." in caplog.text
 
 
 def test_public_address_requires_a_key(monkeypatch):
@@ -230,6 +270,32 @@ def test_no_body_breaks_the_server(body):
             reply = httpx2.post(f"{server.v1}/{path}", content=body, headers=JSON)
             assert reply.status_code == 400, reply.text
             assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({f"field{i}": 1 for i in range(200_000)}, "Unrecognized request argument: 'field0'."),
+        ({"messages": [{"role": "user", "content": "x"}] * 90_000}, "at most 10000 items"),
+        ({"messages": [{"role": "usr", "content": "x"}] * 90_000}, "'role' should be system"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 90_000}]},
+            "at most 10000 items",
+        ),
+    ],
+)
+def test_body_with_very_many_errors_is_rejected_quickly(more, said):
+    content = json.dumps({"model": "tiny", "messages": [], **more}).encode()
+
+    async def receive():
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+    start = time.thread_time()
+    with pytest.raises(ServeError, match=said):
+        asyncio.run(read_body(request, ChatRequest, ServeConfig(max_body_bytes=10**7)))
+    assert time.thread_time() - start < 1
 
 
 def test_choices_are_limited():

@@ -115,6 +115,22 @@ def test_redaction_at_the_start_of_a_line_keeps_the_row_valid_json(tmp_path, tex
     assert json.loads(row["answer"])["0"] == expected
 
 
+def test_long_requests_are_cut_before_they_are_redacted_and_stay_valid_json(tmp_path):
+    log = RequestLog(tmp_path / "log.sqlite")
+    secret = "sk-abcdefghijklmnop1234"
+    for text in ("1" * 4_000_000, "word " * 19_998 + secret * 10_000, "a@b.co " * 100_000):
+        ask(log, text=text)
+    ask(log, text="after")
+    log.close()
+    asked = [json.loads(row["request"])["messages"][0] for row in rows(tmp_path / "log.sqlite")]
+    assert 90_000 < len(asked[0]["content"]) < 100_000
+    assert asked[1]["content"].startswith("word word")
+    assert "sk-" not in asked[1]["content"]
+    assert 50_000 < len(asked[2]["content"]) < 150_000
+    assert set(asked[2]["content"].split()) == {"[email]"}
+    assert asked[3]["content"] == "after"
+
+
 def test_row_that_cannot_be_written_is_dropped_and_counted(tmp_path):
     dropped = []
     log = RequestLog(tmp_path / "log.sqlite", dropped=dropped.append)

@@ -157,6 +157,12 @@ def test_version_that_cannot_be_opened_is_reported_once(store, tmp_path):
     assert len(told) == 1
     assert "it does not fit" in told[0][1]
     assert second[:12] in told[0][1]
+    # When the cause is mended, moving the alias back and forth tries it again.
+    store.rollback("tiny")
+    asyncio.run(backend.poll())
+    store.promote(f"tiny@{second}")
+    asyncio.run(backend.poll())
+    assert len(told) == 2
 
 
 def test_unreachable_store_does_not_stop_the_poller(store, monkeypatch, caplog):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte.errors import ServeError
 from halfbyte.integrations.generation import TextStream
+from halfbyte.serve.text.choice_requests import count_characters
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.stops import StopFilter
 from halfbyte.serve.text.token_text import Spelling
@@ -31,6 +34,36 @@ from halfbyte.serve.text.tool_calls import (
 def cut(text, places):
     edges = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
     return [text[a:b] for a, b in pairwise(edges)]
+
+
+def test_other_threads_run_while_a_long_prompt_is_tokenized():
+    prompts, text = Prompts(make_tokenizer()), "many different words " * 20_000
+    ran, is_done = [], threading.Event()
+
+    def run():
+        while not is_done.wait(0.001):
+            ran.append(time.monotonic())
+
+    other = threading.Thread(target=run)
+    other.start()
+    start = time.monotonic()
+    ids = prompts.encode_text(text)
+    end = time.monotonic()
+    is_done.set()
+    other.join()
+    assert ids == make_tokenizer().backend_tokenizer.encode(text).ids
+    quarter = (end - start) / 4
+    assert any(start + quarter < when < end - quarter for when in ran)
+
+
+def test_tools_and_their_calls_count_as_characters_of_the_prompt():
+    messages = [
+        {"role": "user", "content": "x" * 10},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": "y" * 100}}]},
+    ]
+    assert 110 <= count_characters({"messages": messages}) < 200
+    tools = [{"type": "function", "function": {"name": "z" * 1000}}]
+    assert count_characters({"messages": messages, "tools": tools}) >= 1110
 
 
 @given(

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.native_library import DTYPES, LinearShape, check_status, open_library
+from halfbyte.kernels.native_library import (
+    DTYPES,
+    LinearShape,
+    check_status,
+    has_tiles,
+    open_library,
+)
 from halfbyte.kernels.torch_reference import dequantize_weight
 from halfbyte.packing import codes_per_run, unpack_zeros
 
@@ -166,9 +172,7 @@ class CpuNative:
         """Whether the library is faster than dequantized tiles for many rows too."""
         if self.activation_bits < 16:
             return True
-        functions = open_library().functions
-        assert functions is not None
-        return spec.dtype == torch.bfloat16 and bool(functions.hb_tiles())
+        return spec.dtype == torch.bfloat16 and has_tiles()
 
     def _apply_tiles(
         self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec

@@ -167,6 +167,12 @@ def open_library() -> NativeLibrary:
     return NativeLibrary(functions=functions, obstacle=None, isa=isa)
 
 
+def has_tiles() -> bool:
+    """Return whether the library has matrix units for many bf16 rows."""
+    functions = open_library().functions
+    return functions is not None and bool(functions.hb_tiles())
+
+
 def check_status(status: int, action: str) -> None:
     """Raise an exception if a library call failed.
 

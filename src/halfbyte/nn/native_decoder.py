@@ -76,32 +76,24 @@ class NativeDecoder:
         base = get_decoder(model)
         layers: list[Any] = list(base.layers)
         attention = layers[0].self_attn
-        query, key = unwrap_linear(attention.q_proj), unwrap_linear(attention.k_proj)
+        sizes = get_sizes(model)
         self.capacity = capacity
         self._base = base
         self._embeddings = model.get_input_embeddings()
         self._tensors: list[Any] = []
-        head_dim = attention.head_dim
-        kv_heads = key.out_features // head_dim
         if cache is None:
-            shape = (1, kv_heads, capacity, head_dim)
+            shape = (1, sizes["kv_heads"], capacity, sizes["head_dim"])
+            dtype = unwrap_linear(attention.q_proj).spec.dtype
             # Uninitialized: most of a long cache is never touched.
-            keys, values = (
-                [torch.empty(shape, dtype=query.spec.dtype) for _ in layers] for _ in "kv"
-            )
+            keys, values = ([torch.empty(shape, dtype=dtype) for _ in layers] for _ in "kv")
             cache = keys, values
         self.keys, self.values = cache
         positions = torch.arange(capacity)[None]
         cosines, sines = base.rotary_emb(torch.empty(0), position_ids=positions)
         self._blocks = (Block * len(layers))(*map(self._make_block, range(len(layers)), layers))
         self._decoder = Decoder(
-            blocks=len(layers),
-            hidden=query.in_features,
-            heads=query.out_features // head_dim,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
+            **sizes,
             rotary_dim=cosines.shape[-1],
-            **_mlp_sizes(layers),
             dtype=DTYPES[self.keys[0].dtype],
             activation_bits=min(map(_activation_bits, layers)),
             pages=self.keys[0].shape[0],
@@ -219,6 +211,21 @@ class NativeDecoder:
         copy = tensor.detach().float().contiguous()
         self._tensors.append(copy)
         return copy.data_ptr()
+
+
+def get_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Return the library's settings for a model that :func:`find_obstacle` accepts: its sizes."""
+    layers: list[Any] = list(get_decoder(model).layers)
+    attention = layers[0].self_attn
+    query, key = unwrap_linear(attention.q_proj), unwrap_linear(attention.k_proj)
+    return {
+        "blocks": len(layers),
+        "hidden": query.in_features,
+        "heads": query.out_features // attention.head_dim,
+        "kv_heads": key.out_features // attention.head_dim,
+        "head_dim": attention.head_dim,
+        **_mlp_sizes(layers),
+    }
 
 
 def find_obstacle(model: PreTrainedModel) -> str | None:

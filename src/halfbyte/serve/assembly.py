@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.dashboard.routes import OPEN_PATHS as DASHBOARD_PATHS
 from halfbyte.serve.dashboard.routes import dashboard_routes
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.keys import ApiKeys, read_key_file
+from halfbyte.serve.keys import ApiKeys, KeyFile, read_key_file
 from halfbyte.serve.quality import Quality, open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import (
@@ -57,15 +58,21 @@ class Service:
     """What runs the model, and its memory, for people."""
     startup_steps: list[Step] = field(default_factory=list)
     """Awaited in this order before the first request."""
+    key_file: KeyFile | None = None
+    _follower: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Run the startup steps and start the background tasks."""
         for step in self.startup_steps:
             await step()
+        if self.key_file is not None:
+            self._follower = asyncio.create_task(self.key_file.follow())
         await self.quality.start()
 
     async def stop(self) -> None:
         """Stop the background tasks and free the model."""
+        if self._follower is not None:
+            self._follower.cancel()
         await self.quality.close()
         await self.gateway.backend.close()
 
@@ -253,7 +260,7 @@ def open_embedded(
     # Before the engine, whose memory plan counts what the process uses already.
     tokenizer = load_tokenizer(folder)
     return EmbeddedBackend(
-        open_engine(folder, engine),
+        open_engine(folder, engine, tokenizer=tokenizer),
         tokenizer,
         model=name,
         config=config,
@@ -352,7 +359,10 @@ def _wrap(
     )
     # A wrong address of a fallback would otherwise show only when the fallback is needed.
     checks: list[Step] = [partial(_warn_if_unreachable, other) for other in others]
-    return Service(gateway=gateway, quality=watched, description="", startup_steps=checks)
+    service = Service(gateway=gateway, quality=watched, description="", startup_steps=checks)
+    if config.api_key_file is not None:
+        service.key_file = KeyFile(config.api_key_file, keys, partial(read_keys, config))
+    return service
 
 
 def _connect_upstream(addresses: Sequence[str], config: ServeConfig) -> UpstreamBackend:

@@ -20,11 +20,8 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated
 from halfbyte.serve.text.answer import AnswerText
 from halfbyte.serve.text.choice_requests import ChoiceRequest, count_characters, read_call
-from halfbyte.serve.text.prompts import Prompts
+from halfbyte.serve.text.prompts import LONG_PROMPT_CHARACTERS, Prompts
 from halfbyte.serve.text.token_text import Spelling
-
-LONG_PROMPT_CHARACTERS = 20_000
-"""Longer prompts are tokenized in a thread, so that they do not block the event loop."""
 
 
 class EmbeddedBackend:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 MIN_SECRET_CHARACTERS = 8
+POLL_SECONDS = 2.0
+"""Time after which a change of the key file takes effect."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ApiKeys:
     """The API keys that the server accepts."""
 
     hashes: tuple[tuple[str, bytes], ...] = ()
-    """Name and SHA-256 of the secret, per key."""
+    """Name and SHA-256 of the secret, per key. Replaced when the key file changes."""
 
     @classmethod
     def parse(cls, entries: Iterable[str]) -> ApiKeys:
@@ -63,6 +69,53 @@ class ApiKeys:
             if hmac.compare_digest(given, known):
                 found = name
         return found
+
+
+class KeyFile:
+    """Follows the key file, so that keys are added and revoked without a restart."""
+
+    def __init__(self, path: Path, keys: ApiKeys, read: Callable[[], ApiKeys]) -> None:
+        """Prepare to follow.
+
+        Args:
+            path: The file.
+            keys: The accepted keys, which are replaced.
+            read: Reads all keys again, those from elsewhere included.
+        """
+        self._path = path
+        self._keys = keys
+        self._read = read
+        self._state = ""
+        """What the file was like when it was read last."""
+
+    async def follow(self) -> None:
+        """Read the file again whenever it changes, until cancelled."""
+        while True:
+            self.poll()
+            await asyncio.sleep(POLL_SECONDS)
+
+    def poll(self) -> None:
+        """Read the keys again if the file has changed; an invalid file changes nothing."""
+        try:
+            found = self._path.stat()
+            # The time of the last change of content, mode or name.
+            state = f"{found.st_ctime_ns} {found.st_ino}"
+        except OSError as error:
+            state = str(error)
+        if state == self._state:
+            return
+        self._state = state
+        problem = f"'{self._path}' has none."
+        try:
+            hashes = self._read().hashes
+        except ConfigError as error:
+            hashes, problem = (), str(error)
+        if not hashes:
+            # Without any key, everyone would have access.
+            logger.error("The API keys stay as they are: %s", problem)
+        elif hashes != self._keys.hashes:
+            self._keys.hashes = hashes
+            logger.info("The API keys are replaced by the %d of '%s'.", len(hashes), self._path)
 
 
 def read_key_file(path: Path) -> list[str]:

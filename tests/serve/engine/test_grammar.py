@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 
 import pytest
 from tests.serve.helpers_engine import ask, collect, open_tiny, runners, write_model
 from transformers import AutoTokenizer
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.assembly import open_embedded
+from halfbyte.serve.backend import Call, Delta
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Ended, Generated, Grammar
+from halfbyte.serve.engine.grammar import Grammars
 
 pytest.importorskip("llguidance")
 
@@ -100,3 +106,32 @@ def test_invalid_grammars_are_rejected(folder, grammar, words):
     assert (caught.value.status, caught.value.code) == (400, "invalid_grammar")
     assert caught.value.param == "response_format"
     assert words in str(caught.value)
+
+
+def test_first_mask_is_computed_while_the_grammar_is_compiled(folder):
+    # Only the first mask shows that this schema allows nothing; it must not delay other requests.
+    text = '{"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}'
+    with pytest.raises(ServeError, match=r"Cannot continue an answer with this grammar"):
+        Grammars(lambda: AutoTokenizer.from_pretrained(folder), 300, [1]).compile(
+            Grammar(kind="json_schema", text=text)
+        )
+
+
+def test_grammars_do_not_need_the_models_folder_any_more(tmp_path):
+    # As when garbage collection removes a version that is still served.
+    folder = write_model(tmp_path / "model")
+    backend = open_embedded(folder, ServeConfig(), EngineConfig(cache_gb=0.01), name="m")
+    shutil.rmtree(folder)
+    form = {"structured_outputs": {"choice": ["yes"]}}
+    call = Call(
+        kind="completion", body={"model": "m", "prompt": [20], "max_tokens": 9, **form}, id=""
+    )
+
+    async def run():
+        try:
+            return [event async for event in backend.stream(call)]
+        finally:
+            await backend.close()
+
+    text = "".join(event.text for event in asyncio.run(run()) if isinstance(event, Delta))
+    assert text == "yes"

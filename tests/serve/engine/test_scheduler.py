@@ -13,13 +13,13 @@ from halfbyte.serve.engine.sampler import Sampler
 from halfbyte.serve.engine.scheduler import Scheduler
 
 
-def make(pages=100, max_sequences=4, max_batched_tokens=16):
-    pool = PagePool(pages, 4, share=False)
+def make(pages=100, max_sequences=4, max_batched_tokens=16, share=False):
+    pool = PagePool(pages, 4, share=share)
     return Scheduler(pool, max_sequences=max_sequences, max_batched_tokens=max_batched_tokens)
 
 
-def add(scheduler, key="", prompt=4, answer=4):
-    request = replace(ask(range(prompt), answer), key=key)
+def add(scheduler, key="", prompt=4, answer=4, first_token=0):
+    request = replace(ask(range(first_token, first_token + prompt), answer), key=key)
     job = Job(request, Sampler(request))
     scheduler.add(job)
     return job
@@ -95,11 +95,41 @@ def test_decode_has_priority_and_prefill_is_chunked():
     scheduler = make(max_batched_tokens=10)
     answer = add(scheduler, prompt=2)
     run_step(scheduler)
-    first, second = add(scheduler, prompt=25), add(scheduler, prompt=3)
+    first, second = add(scheduler, prompt=25), add(scheduler, prompt=30)
     sizes = [[(job, len(piece.tokens)) for job, piece in run_step(scheduler)] for _ in range(3)]
     assert sizes[0] == [(answer, 1), (first, 9)]
     assert sizes[1] == [(answer, 1), (first, 9)]
     assert sizes[2] == [(answer, 1), (first, 7), (second, 2)]
+
+
+def test_short_prompts_pass_a_long_one_which_still_gets_half_of_each_step():
+    scheduler = make(max_batched_tokens=10)
+    long = add(scheduler, prompt=40)
+    assert [len(piece.tokens) for _, piece in run_step(scheduler)] == [10]
+    shorts = [add(scheduler, prompt=4, answer=1) for _ in range(3)]
+    sizes = [{job: len(piece.tokens) for job, piece in run_step(scheduler)} for _ in range(3)]
+    assert sizes == [{shorts[0]: 4, shorts[1]: 1, long: 5}, {shorts[1]: 3, shorts[2]: 2, long: 5},
+                     {shorts[2]: 2, long: 8}]  # fmt: skip
+    while long.num_missing > 1:
+        add(scheduler, prompt=4, answer=1)
+        add(scheduler, prompt=4, answer=1)
+        sizes.append({job: len(piece.tokens) for job, piece in run_step(scheduler)})
+    assert [step[long] for step in sizes[3:]] == [5, 5, 2]
+
+
+def test_only_a_request_whose_prefix_is_being_computed_lets_others_pass():
+    scheduler = make(max_batched_tokens=8, share=True)
+    long = add(scheduler, prompt=24)
+    run_step(scheduler)
+    same = add(scheduler, prompt=24)
+    others = [add(scheduler, prompt=4, first_token=50) for _ in range(2)]
+    scheduler.admit()
+    assert scheduler.running == [long, *others]
+    while long.num_missing > 1:
+        run_step(scheduler)
+    scheduler.admit()
+    assert same in scheduler.running
+    assert same.reservation.cached_tokens == 20
 
 
 def test_only_the_newest_token_has_logits_unless_the_prompt_is_scored():

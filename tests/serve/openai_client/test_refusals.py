@@ -103,6 +103,8 @@ def test_busy_engine_is_a_rate_limit_error_with_retry_after(client):
             ask(client, "busy", stream=stream)
         assert caught.value.code == "rate_limit_exceeded"
         assert caught.value.response.headers["retry-after"] == "7"
+        # It is also the row's id in the request log.
+        assert caught.value.request_id.startswith("chatcmpl-")
 
 
 def test_error_within_a_stream_is_raised_by_the_client(client, engine):

@@ -89,11 +89,13 @@ def test_budget_of_requests_and_tokens_is_enforced_and_expires():
 def test_tokens_of_a_cancelled_fallback_count():
     clock = Clock()
     router, *_ = make(
-        GOOD, [*BETTER[:3], math.inf], clock=clock, fallback_tokens_per_day=3, hold_back=0
+        GOOD, [*BETTER[:3], math.inf], clock=clock, fallback_tokens_per_day=103, hold_back=0
     )
 
     async def run():
-        events = router.stream(make_call(tags=["critical"], stream=True), Served())
+        # The prompt counts too, by its length: its number of tokens is not known yet.
+        call = make_call("x" * 400, tags=["critical"], stream=True)
+        events = router.stream(call, Served())
         for _ in range(3):
             await anext(events)
         await events.aclose()

@@ -219,7 +219,9 @@ async def _handle_serve_error(request: Request, error: Exception) -> Response:
     # Clients that retry while the server drains would fill the log.
     if error.status >= 500 and error.code != "shutting_down":
         logger.warning("%s %s: %s", request.method, request.url.path, error)
-    return error_response(error)
+    # With it a failure is found in the request log.
+    request_id = getattr(request.state, "request_id", None)
+    return error_response(error, {"X-Request-Id": request_id} if request_id else None)
 
 
 async def _handle_http_exception(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ from halfbyte.errors import ServeError
 MAX_SHOWN_CHARACTERS = 60
 """Length of an invalid value in an error message."""
 
-_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+_CODES = {"missing": "missing_required_parameter"}
 
 
 def error_body(error: ServeError) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def describe_validation_error(error: ValidationError, body: Any) -> ServeError:
     if code is None:
         code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     if kind == "extra_forbidden":
-        message = f"Unrecognized request argument: '{param}'. Remove it."
-    elif kind == "missing":
+        return unrecognized_argument(str(param))
+    if kind == "missing":
         message = f"The required field '{param}' is missing."
     elif param is None:
         message = f"The request is invalid: {_reason(first)}."
@@ -96,6 +96,15 @@ def describe_validation_error(error: ValidationError, body: Any) -> ServeError:
         reasons = "; or: ".join(dict.fromkeys(_reason(entry) for entry in same))
         message = f"'{param}' is {_show(first['input'])}. {reasons}."
     return ServeError(message, code=code, param=param)
+
+
+def unrecognized_argument(name: str) -> ServeError:
+    """Make the error for a field that no schema has."""
+    return ServeError(
+        f"Unrecognized request argument: '{name[:MAX_SHOWN_CHARACTERS]}'. Remove it.",
+        code="unknown_parameter",
+        param=name[:MAX_SHOWN_CHARACTERS],
+    )
 
 
 def _reason(entry: Mapping[str, Any]) -> str:

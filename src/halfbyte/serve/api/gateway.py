@@ -30,15 +30,13 @@ from halfbyte.serve.backend import Backend, Call, Delta, Event, Kind, Served, Te
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits, Tally
-from halfbyte.serve.text.choice_requests import count_characters, count_choices, read_limit
+from halfbyte.serve.text.choice_requests import count_choices, estimate_prompt_tokens, read_limit
 from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """Status of a request whose client has disconnected; it only appears in logs."""
-CHARACTERS_PER_TOKEN = 4
-"""Estimate for prompts whose number of tokens is not known."""
 GRACE_SECONDS = 5.0
 """Time after a deadline in which a backend should notice it by itself."""
 _PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "completion": "cmpl"}
@@ -169,13 +167,14 @@ class Gateway:
             A JSON response or a stream.
         """
         call = self._make_call(request, kind, body)
+        request.state.request_id = call.id
         served = Served()
         self._check(call)
         formatter = AnswerFormatter(call, str(body["model"]))
         router = self.router or DirectRouter(self.backend)
         try:
             async with AsyncExitStack() as stack:
-                prompt = count_characters(body) // CHARACTERS_PER_TOKEN
+                prompt = estimate_prompt_tokens(body)
                 tally = stack.enter_context(self.limits.enter(call.key, prompt=prompt))
                 events = await stack.enter_async_context(aclosing(router.stream(call, served)))
                 await stack.enter_async_context(CancelOnDisconnect(request.receive))

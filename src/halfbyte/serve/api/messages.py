@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Object = dict[str, Any]
+MAX_ITEMS = 10_000
+"""Messages of a chat, and parts of a message; OpenAI allows 2048."""
 
 
 class Body(BaseModel):
@@ -78,7 +80,7 @@ Part = Annotated[
         },
     ),
 ]
-Content = str | Annotated[list[Part], Field(min_length=1)]
+Content = str | Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class SystemMessage(Body):

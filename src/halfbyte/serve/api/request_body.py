@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,9 +12,12 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.api.error_responses import describe_validation_error
+from halfbyte.serve.api.error_responses import describe_validation_error, unrecognized_argument
 from halfbyte.serve.api.messages import Body
 from halfbyte.serve.config import ServeConfig
+
+_HUGE_NUMBER = re.compile(rb"[eE]\+?\d{3}|\d{300}")
+"""Occurs in every number that is too large for a float, and seldom elsewhere."""
 
 
 async def read_body(request: Request, schema: type[Body], config: ServeConfig) -> dict[str, Any]:
@@ -45,13 +49,23 @@ async def read_body(request: Request, schema: type[Body], config: ServeConfig) -
         raise ServeError(
             f"The body is not valid JSON: {str(error)[:200]}.", code="invalid_json"
         ) from error
-    _check_numbers(body)
+    if _HUGE_NUMBER.search(raw):
+        _check_numbers(body)
+    _check_fields(body, schema)
     try:
         schema.model_validate(body)
     except ValidationError as error:
         rejection = describe_validation_error(error, body)
         raise rejection from error
     return {key: value for key, value in body.items() if value is not None}
+
+
+def _check_fields(body: Any, schema: type[Body]) -> None:
+    """Reject an unknown field; pydantic would describe all of them, which may be very many."""
+    known = {field.alias or name for name, field in schema.model_fields.items()}
+    unknown = [name for name in body if name not in known] if isinstance(body, dict) else []
+    if unknown:
+        raise unrecognized_argument(str(unknown[0]))
 
 
 def _check_numbers(body: Any) -> None:

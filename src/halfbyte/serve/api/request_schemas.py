@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, Tag, model_validator
 
-from halfbyte.serve.api.messages import Body, Message, Object, choose_by
+from halfbyte.serve.api.messages import MAX_ITEMS, Body, Message, Object, choose_by
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
@@ -20,6 +20,9 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
 Tokens = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# fail_fast: only one error is shown, and to collect a million of them takes seconds.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = dict[
     Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")],
@@ -161,7 +164,7 @@ class Request(Body):
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -209,9 +212,9 @@ class CompletionRequest(Request):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
         | None
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -226,7 +229,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: list[Tool] | None = None
     chat_template_kwargs: Object | None = None
     add_special_tokens: bool | None = None

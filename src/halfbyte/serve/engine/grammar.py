@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -76,15 +75,17 @@ class Matcher:
 class Grammars:
     """Compiles grammars for one model's tokenizer."""
 
-    def __init__(self, folder: str | Path, vocabulary: int, ends: Iterable[int]) -> None:
-        """Prepare; the tokenizer is loaded with the first grammar.
+    def __init__(
+        self, get_tokenizer: Callable[[], Any], vocabulary: int, ends: Iterable[int]
+    ) -> None:
+        """Prepare; llguidance's tables are built for the first grammar.
 
         Args:
-            folder: The model's folder.
+            get_tokenizer: Returns the model's tokenizer; called with the first grammar.
             vocabulary: Size of the model's vocabulary.
             ends: The model's end-of-text tokens.
         """
-        self._folder = folder
+        self._get_tokenizer = get_tokenizer
         self._vocabulary = vocabulary
         self._ends = sorted(ends)
         self._tokenizer: Any = None
@@ -118,15 +119,18 @@ class Grammars:
         matcher = LLMatcher(self._load_tokenizer(), source)
         if matcher.is_error():
             _reject(grammar, _first_line(matcher.get_error()))
-        return Matcher(matcher, self._vocabulary)
+        compiled = Matcher(matcher, self._vocabulary)
+        # The first mask builds the lexer, which may take seconds: here it delays only this request.
+        compiled.allowed()
+        return compiled
 
     def _load_tokenizer(self) -> Any:
         with self._lock:
             if self._tokenizer is None:
                 from llguidance.hf import from_tokenizer
-                from transformers import AutoTokenizer, PreTrainedTokenizerFast
+                from transformers import PreTrainedTokenizerFast
 
-                tokenizer = AutoTokenizer.from_pretrained(self._folder)
+                tokenizer = self._get_tokenizer()
                 if not isinstance(tokenizer, PreTrainedTokenizerFast):
                     raise ServeError(
                         "This model does not support grammars: its tokenizer has no "

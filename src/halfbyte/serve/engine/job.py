@@ -51,6 +51,11 @@ class Job:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def num_missing(self) -> int:
+        """Tokens to run before the next one can be drawn: 1 while it is decoded."""
+        return len(self.tokens) - self.num_computed
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether the prompt's tokens still have to be scored."""
         return self.request.prompt_logprobs is not None and not self.is_prefilled

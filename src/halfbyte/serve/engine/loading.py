@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
@@ -26,12 +27,15 @@ from halfbyte.serve.engine.runner import Pages, Runner, sample_layers
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
 
-def open_engine(folder: str | Path, config: EngineConfig | None = None) -> EmbeddedEngine:
+def open_engine(
+    folder: str | Path, config: EngineConfig | None = None, *, tokenizer: Any = None
+) -> EmbeddedEngine:
     """Load a model and start an engine with it.
 
     Args:
         folder: Folder of a model, quantized or not.
         config: Configuration of the engine.
+        tokenizer: The model's tokenizer; None: read from the folder when a grammar needs it.
 
     Returns:
         The running engine.
@@ -43,7 +47,7 @@ def open_engine(folder: str | Path, config: EngineConfig | None = None) -> Embed
 
     def work() -> None:
         try:
-            opened.set_result(_open(Path(folder), config or EngineConfig()))
+            opened.set_result(_open(Path(folder), config or EngineConfig(), tokenizer))
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's result()
             opened.set_exception(error)
 
@@ -53,12 +57,12 @@ def open_engine(folder: str | Path, config: EngineConfig | None = None) -> Embed
     return opened.result()
 
 
-def _open(folder: Path, config: EngineConfig) -> EmbeddedEngine:
+def _open(folder: Path, config: EngineConfig, tokenizer: Any) -> EmbeddedEngine:
     before = resident_memory_bytes()
     model = load_model(
         folder, dtype=config.dtype, device=config.device, activations=config.activations
     )
-    return make_engine(model, folder, config, before_bytes=before)
+    return make_engine(model, folder, config, tokenizer=tokenizer, before_bytes=before)
 
 
 def make_engine(
@@ -66,14 +70,17 @@ def make_engine(
     folder: str | Path,
     config: EngineConfig,
     *,
+    tokenizer: Any = None,
     before_bytes: int = 0,
 ) -> EmbeddedEngine:
     """Start an engine with a loaded model.
 
     Args:
         model: The model; only the engine may run it from now on.
-        folder: Folder of its tokenizer, for grammars.
+        folder: Its folder.
         config: Configuration of the engine.
+        tokenizer: Its tokenizer; None: read from the folder when a grammar needs it. By then a
+            folder may hold another model, or its version may have been removed from a store.
         before_bytes: Memory of the process before the model was loaded.
 
     Returns:
@@ -85,8 +92,17 @@ def make_engine(
     model.eval()
     runner = choose_runner(model, config)
     context = _find_context(model, config)
+    step_bytes = 0
+    if isinstance(runner, NativeRunner):
+        step_bytes = runner.plan_step_bytes(config.max_batched_tokens, context)
     plan = plan_engine(
-        model, folder, runner.bytes_per_token, context, config, before_bytes=before_bytes
+        model,
+        folder,
+        runner.bytes_per_token,
+        context,
+        config,
+        step_bytes=step_bytes,
+        before_bytes=before_bytes,
     )
     # No request can be longer than the cache.
     context = min(context, plan.pages * config.page_tokens)
@@ -109,7 +125,9 @@ def make_engine(
         pool,
         info,
         ends=ends,
-        grammars=Grammars(folder, vocabulary, ends),
+        grammars=Grammars(
+            lambda: tokenizer or AutoTokenizer.from_pretrained(folder), vocabulary, ends
+        ),
         max_sequences=config.max_sequences,
         max_batched_tokens=config.max_batched_tokens,
         max_queue=config.max_queue,

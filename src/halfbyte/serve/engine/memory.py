@@ -28,9 +28,9 @@ LOGITS_COPIES = 5
 """float32 copies of the logits: of answers, of prompts, and three while they are scored."""
 
 GRAMMAR_BYTES = 12_000_000
-GRAMMAR_TOKEN_BYTES = 700
-"""Size of llguidance's tables, as measured on vocabularies of 8,192 and 49,152 tokens: 14.7 and
-43.0 MB with the library, and 2.6 MB for a mask."""
+GRAMMAR_TOKEN_BYTES = 1300
+"""Size of llguidance's tables with the library and a mask, built in a thread as the engine does,
+whose heap keeps what was freed: 19.5, 73.6 and 120.3 MB for 8,192, 49,152 and 100,000 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +66,7 @@ def plan_engine(
     context: int,
     config: EngineConfig,
     *,
+    step_bytes: int = 0,
     before_bytes: int = 0,
 ) -> EnginePlan:
     """Decide the size of the KV cache, and estimate the engine's memory.
@@ -76,6 +77,7 @@ def plan_engine(
         bytes_per_token: Size of a token's keys and values.
         context: Max tokens of a request.
         config: May set the size of the cache.
+        step_bytes: What the runner allocates for a step; 0: only the shapes tell.
         before_bytes: Memory of the process before the model was loaded.
 
     Returns:
@@ -86,7 +88,7 @@ def plan_engine(
     """
     embeddings = model.get_input_embeddings().weight
     on_gpu = embeddings.device.type == "cuda"
-    activations = _estimate_activations(model, folder, config)
+    activations = _estimate_activations(model, folder, config, step_bytes)
     weights = count_weight_bytes(model)
     page_bytes = config.page_tokens * bytes_per_token
     if config.cache_gb is not None:
@@ -119,12 +121,14 @@ def count_weight_bytes(model: torch.nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _estimate_activations(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> int:
-    """Estimate the memory of one step beside weights and cache; 0 if its shapes are unknown."""
+def _estimate_activations(
+    model: PreTrainedModel, folder: str | Path, config: EngineConfig, step_bytes: int
+) -> int:
+    """Estimate the memory of one step beside weights and cache."""
     try:
         shapes = read_shapes(folder)
     except ConfigError:
-        return 0
+        return step_bytes
     load = Load(
         context=config.max_batched_tokens,
         requests=config.max_sequences,
@@ -132,4 +136,4 @@ def _estimate_activations(model: PreTrainedModel, folder: str | Path, config: En
         compute_bytes=model.dtype.itemsize,
     )
     logits = 4 * LOGITS_COPIES * config.max_sequences * shapes.vocabulary
-    return activation_bytes(shapes, load) + logits
+    return max(activation_bytes(shapes, load), step_bytes) + logits

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.kernels.native_library import open_library
-from halfbyte.nn.native_decoder import NativeDecoder
+from halfbyte.kernels.native_library import Decoder, has_tiles, open_library
+from halfbyte.nn.native_decoder import NativeDecoder, get_sizes
 from halfbyte.nn.native_head import NativeHead
+from halfbyte.nn.native_scratch import plan_scratch_bytes
 from halfbyte.serve.engine.runner import Pages, Piece
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
@@ -53,6 +54,26 @@ class NativeRunner:
     def bytes_per_token(self) -> int:
         """Size of a token's keys and values."""
         return self.pages.bytes_per_token
+
+    def plan_step_bytes(self, tokens: int, context: int) -> int:
+        """Return an upper bound of the memory of a step besides weights, cache and logits.
+
+        Args:
+            tokens: Max tokens of a step.
+            context: Max tokens of a sequence.
+
+        Returns:
+            Bytes.
+        """
+        sizes = get_sizes(self.model)
+        scratch = [
+            plan_scratch_bytes(
+                Decoder(**sizes), tokens, context, tiles=tiles, threads=torch.get_num_threads()
+            )
+            for tiles in {False, self.model.dtype == torch.bfloat16 and has_tiles()}
+        ]
+        # The embeddings, and hidden states in and out in float32.
+        return max(scratch) + 3 * 4 * tokens * sizes["hidden"]
 
     def make_pages(self, pages: int, context: int) -> None:
         """Allocate the KV cache."""

@@ -7,7 +7,11 @@
 A request is admitted only when pages for its whole prompt and answer are reserved, so a running
 request never runs out of memory and is never preempted. The key that has used the fewest tokens is
 next; within a key, requests run in order of arrival. If the next request does not fit, no other is
-admitted before it: otherwise smaller requests could starve a large one.
+admitted before it: otherwise smaller requests could starve a large one. Only a request whose prefix
+is being computed lets others pass, because that takes a limited time.
+
+Short prompts are computed before long ones, so that their first tokens do not wait for a long
+prompt. The oldest prompt always gets half of a step, so that none is starved.
 """
 
 from __future__ import annotations
@@ -15,10 +19,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from halfbyte.serve.engine.job import Job
 from halfbyte.serve.engine.page_pool import PagePool
 from halfbyte.serve.engine.runner import Piece
+
+MAX_LOOKAHEAD = 16
+"""Waiting requests of which the first is admitted whose prefix is not being computed."""
 
 
 @dataclass(slots=True)
@@ -106,46 +114,49 @@ class Scheduler:
     def admit(self) -> None:
         """Admit requests in order while there is space."""
         while len(self.running) < self._max_running:
-            waiting, queue = self._find_next()
-            if waiting is None:
-                return
-            job = waiting[0]
-            if any(self._is_computing_prefix(other, job) for other in self.running):
+            job = self._find_next()
+            if job is None:
                 return
             reservation = self.pool.reserve(
                 job.tokens, job.max_tokens, namespace=job.request.adapter or "", share=job.can_share
             )
             if reservation is None:
                 return
-            waiting.popleft()
+            if job in self._requeued:
+                self._requeued.remove(job)
+            else:
+                queue = self._key_queues[job.request.key]
+                queue.waiting.remove(job)
+                queue.used_tokens += job.max_tokens - reservation.cached_tokens
             job.reservation = reservation
             job.num_computed = reservation.cached_tokens
             if job.cached_tokens is None:
                 job.cached_tokens = reservation.cached_tokens
-            if queue is not None:
-                queue.used_tokens += job.max_tokens - reservation.cached_tokens
             self.running.append(job)
 
     def plan(self) -> list[tuple[Job, Piece]]:
         """Choose the pieces of the next step.
 
         Returns:
-            The newest token of every answer, then pieces of prompts in order of arrival. After a
+            The newest token of every answer, then pieces of prompts, the shortest first. After a
             failure, each suspect request runs alone.
         """
         suspects = [job for job in self.running if job.is_suspect]
         if suspects:
             return [(suspects[0], suspects[0].next_piece(self._step_tokens))]
         # Decode steps, which miss only their newest token, come before prompts.
-        order = sorted(self.running, key=lambda job: len(job.tokens) - job.num_computed > 1)
+        order = sorted(self.running, key=lambda job: job.num_missing)
+        prompts = [job for job in self.running if job.num_missing > 1]
         remaining = self._step_tokens
+        reserved = (remaining - len(order) + len(prompts) + 1) // 2
         pieces = []
         for job in order:
-            if remaining == 0:
-                break
-            piece = job.next_piece(remaining)
-            remaining -= len(piece.tokens)
-            pieces.append((job, piece))
+            if prompts and job is prompts[0]:
+                reserved = 0
+            if remaining > reserved:
+                piece = job.next_piece(remaining - reserved)
+                remaining -= len(piece.tokens)
+                pieces.append((job, piece))
         return pieces
 
     def mark_computed(self, job: Job, count: int) -> None:
@@ -176,15 +187,14 @@ class Scheduler:
             and other.tokens[:end] == job.tokens[:end]
         )
 
-    def _find_next(self) -> tuple[deque[Job] | None, _KeyQueue | None]:
-        """Return the requests to admit from, and the key's queue to charge."""
-        if self._requeued:
-            return self._requeued, None
-        queues = [queue for queue in self._key_queues.values() if queue.waiting]
-        if not queues:
-            return None, None
-        queue = min(queues, key=lambda queue: queue.used_tokens)
-        return queue.waiting, queue
+    def _find_next(self) -> Job | None:
+        """Return the first waiting request whose prefix is not being computed."""
+        queues = sorted(self._key_queues.values(), key=lambda queue: queue.used_tokens)
+        waiting = self._requeued or chain.from_iterable(queue.waiting for queue in queues)
+        for job in islice(waiting, MAX_LOOKAHEAD):
+            if not any(self._is_computing_prefix(other, job) for other in self.running):
+                return job
+        return None
 
     def _release(self, job: Job) -> None:
         if job.reservation is not None:

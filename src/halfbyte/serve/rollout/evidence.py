@@ -21,24 +21,25 @@ class EvidenceFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="evidence")
+        self._newest: Mapping[str, Any] = {}
         self._last: Future[None] | None = None
 
     def write(self, values: Mapping[str, Any], *, wait: bool = False) -> None:
         """Write the file; errors, such as a full disk, are logged only.
 
         Args:
-            values: JSON-serializable values.
-            wait: Wait until they are written; else they are skipped while a write is running.
+            values: JSON-serializable values, which do not change any more.
+            wait: Wait until they are written.
         """
-        if not wait and self._last is not None and not self._last.done():
-            return
-        text = json.dumps(values, indent=2) + "\n"
-        # A single thread keeps the writes in order.
-        self._last = self._writer.submit(self._write, text.encode())
+        self._newest = values
+        # A write that has not begun will write these values; those before them are skipped.
+        if self._last is None or self._last.running() or self._last.done():
+            self._last = self._writer.submit(self._write)
         if wait:
             self._last.result()
 
-    def _write(self, content: bytes) -> None:
+    def _write(self) -> None:
+        content = json.dumps(self._newest, indent=2).encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, [content])

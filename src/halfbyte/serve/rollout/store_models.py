@@ -118,7 +118,7 @@ class StoreBackend:
         self.report = report or (lambda name, message: None)
         self._poll_seconds = poll_seconds
         self._refused: str | None = None
-        """A version that could not be opened and is not tried again."""
+        """A version that could not be opened; not tried again before the alias has moved."""
         self._poller: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._running: Counter[int] = Counter()
@@ -204,6 +204,9 @@ class StoreBackend:
         model = self.model
         reference = f"{model.name}@{model.alias}"
         _, version = await asyncio.to_thread(model.store.resolve, reference)
+        if version == model.version:
+            # A version that was refused is tried again when the alias comes back to it.
+            self._refused = None
         if version in (model.version, self._refused):
             return False
         try:

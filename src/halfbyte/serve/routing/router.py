@@ -22,6 +22,7 @@ from halfbyte.serve.routing.attempt import Attempt, HoldBack, Route
 from halfbyte.serve.routing.breaker import CircuitBreaker, Clock
 from halfbyte.serve.routing.budget import FallbackBudget, RetryBudget
 from halfbyte.serve.routing.confidence import Confidence
+from halfbyte.serve.text.choice_requests import estimate_prompt_tokens
 from halfbyte.serve.watch.monitors import find_failures
 from halfbyte.serve.watch.observation import AttemptRecord, Observation, Role
 
@@ -295,8 +296,11 @@ class Router:
         """Check the whole answer, record fallback tokens, and call the observers."""
         observation.ended = self._clock()
         for record in observation.attempts:
-            if record.role == "fallback":
-                prompt = record.usage.prompt_tokens if record.usage else 0
+            if record.role == "fallback" and record.first is not None:
+                # Usage is the last event: a client that leaves before it has used the prompt too.
+                prompt = estimate_prompt_tokens(observation.call.body)
+                if record.usage is not None and record.usage.is_reported:
+                    prompt = record.usage.prompt_tokens
                 self.budget.spend_tokens(prompt + record.num_tokens)
         for observer in (_check_answers, *self._observers):
             try:

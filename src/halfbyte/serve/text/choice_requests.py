@@ -25,6 +25,9 @@ DEFAULT_CHAT_TOKENS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 
+CHARACTERS_PER_TOKEN = 4
+"""Estimate for prompts whose number of tokens is not known."""
+
 NUM_SEEDS = 2**63
 """Clients' seeds, which may be negative, are taken modulo this."""
 
@@ -266,7 +269,14 @@ def count_characters(body: Mapping[str, Any]) -> int:
     prompt = body.get("prompt")
     if prompt is not None:
         return len(prompt) if isinstance(prompt, str) else sum(map(len, map(str, prompt)))
-    return sum(len(str(message.get("content"))) for message in body.get("messages", ()))
+    messages = body.get("messages", ())
+    parts = [message.get(name) for message in messages for name in ("content", "tool_calls")]
+    return sum(len(str(part)) for part in (*parts, body.get("tools")) if part)
+
+
+def estimate_prompt_tokens(body: Mapping[str, Any]) -> int:
+    """Estimate the number of a prompt's tokens, for backends that do not report it."""
+    return count_characters(body) // CHARACTERS_PER_TOKEN
 
 
 def _make_request(

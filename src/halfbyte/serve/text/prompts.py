@@ -12,6 +12,10 @@ from jinja2 import TemplateError
 
 from halfbyte.errors import ServeError
 
+LONG_PROMPT_CHARACTERS = 20_000
+"""Longer prompts are tokenized in a thread and without the GIL, so that they block neither the
+event loop nor the engine. For short ones that would take longer than tokenizing them."""
+
 _TEMPLATE_ERRORS = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError,
 )  # fmt: skip
@@ -126,8 +130,11 @@ class Prompts:
         Returns:
             Token ids.
         """
-        if self._encoder is not None:
+        if self._encoder is not None and len(text) <= LONG_PROMPT_CHARACTERS:
             return list(self._encoder.encode(text, add_special_tokens=add_special).ids)
+        if self._encoder is not None:
+            encodings = self._encoder.encode_batch_fast([text], add_special_tokens=add_special)
+            return list(encodings[0].ids)
         return list(self.tokenizer(text, add_special_tokens=add_special)["input_ids"])
 
     def first_token(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from halfbyte.machine.memory import peak_memory_bytes
+from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.serve.metrics import Metrics
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.routing.router import Router
@@ -55,12 +55,12 @@ class Health:
             "the fallback budget is used up: no request falls back until some of it is available "
             "again",
         )
-        planned, peak = self._metrics.planned.get("total"), peak_memory_bytes()
+        # Not the peak: a version that is replaced is in memory beside the next one, for a moment.
+        planned, used = self._metrics.planned.get("total"), resident_memory_bytes()
         if planned:
             self._alerts.update(
                 "memory",
-                peak > MEMORY_FACTOR * planned + MEMORY_EXTRA_BYTES,
-                f"the process used {peak / 1e9:.2f} GB at its peak; {planned / 1e9:.2f} GB were "
-                "planned",
-                float(peak),
+                used > MEMORY_FACTOR * planned + MEMORY_EXTRA_BYTES,
+                f"the process uses {used / 1e9:.2f} GB; {planned / 1e9:.2f} GB were planned",
+                float(used),
             )

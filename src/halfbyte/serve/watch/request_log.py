@@ -29,7 +29,11 @@ MAX_BATCH = 200
 TRIM_EVERY = 1000
 """Rows after which the oldest ones are deleted."""
 MAX_TEXT_CHARACTERS = 100_000
-"""Characters stored of one text."""
+"""Characters stored of one request or answer. Only these are redacted: a pattern holds the GIL for
+as long as it runs, which would be seconds for the longest text that a client may send."""
+MAX_SECRET_CHARACTERS = 4096
+ITEM_CHARACTERS = 4
+"""Counted per item of a list or object, besides its text."""
 CLOSE_SECONDS = 10.0
 """Time for writing the queued rows when the log is closed."""
 
@@ -245,16 +249,35 @@ def redact_row(row: Row) -> Row:
 
 def _to_json(value: Any) -> str:
     # Redacted before: JSON writes a line break as \n, and that "n" would join the next word.
-    text = json.dumps(_redact_nested(value), ensure_ascii=False, default=str)
-    return text[:MAX_TEXT_CHARACTERS]
+    return json.dumps(_Redactor().redact_nested(value), ensure_ascii=False, default=str)
 
 
-def _redact_nested(value: Any) -> Any:
-    """Redact every text of a nested structure, including keys."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {_redact_nested(key): _redact_nested(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redact_nested(entry) for entry in value]
-    return value
+class _Redactor:
+    """Redacts the texts of a nested structure, keys included, up to a number of characters."""
+
+    def __init__(self) -> None:
+        self._left = MAX_TEXT_CHARACTERS
+
+    def redact_nested(self, value: Any) -> Any:
+        """Redact a value; texts, lists and objects are cut where no characters are left."""
+        self._left -= ITEM_CHARACTERS
+        if isinstance(value, str):
+            return self._redact_start(value)
+        if isinstance(value, Mapping):
+            return {
+                self.redact_nested(key): self.redact_nested(entry)
+                for key, entry in value.items()
+                if self._left > 0
+            }
+        if isinstance(value, list | tuple):
+            return [self.redact_nested(entry) for entry in value if self._left > 0]
+        return value
+
+    def _redact_start(self, text: str) -> str:
+        start = text[: max(self._left, 0)]
+        self._left -= len(start)
+        if len(start) < len(text):
+            # The last word may be the beginning of a secret, which no pattern would match.
+            ends = start.rfind(" "), start.rfind("\n"), len(start) - MAX_SECRET_CHARACTERS, 0
+            start = start[: max(ends)]
+        return redact(start)
