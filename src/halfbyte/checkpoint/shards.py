@@ -42,7 +42,7 @@ class TensorFiles:
     """Every file that contains a tensor, sorted by name."""
 
     @classmethod
-    def open(cls, folder: str | Path) -> TensorFiles:
+    def open(cls, folder: str | Path, weights_file: str | None = None) -> TensorFiles:
         """Find and validate the safetensors files of a model folder; no tensor is read.
 
         Accepts ``model.safetensors``, an index with its shards, AutoGPTQ's
@@ -52,6 +52,7 @@ class TensorFiles:
 
         Args:
             folder: A base model or a quantized one.
+            weights_file: Name of the safetensors file or index to read; None: chosen as above.
 
         Returns:
             The index over its tensors.
@@ -75,6 +76,8 @@ class TensorFiles:
                 f"Cannot open checkpoint {folder}: {error.strerror or error}. "
                 "Check its permissions."
             ) from error
+        if weights_file is not None:
+            names = [weights_file]
         index_name = _find_index(folder, names)
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
         is_sharded = index_name is not None and SINGLE_FILE not in names

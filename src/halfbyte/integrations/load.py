@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from halfbyte.checkpoint.labels import read_labels
 from halfbyte.checkpoint.layout import CONFIG_FILES, METHOD
+from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.integrations.activations import round_activations
 from halfbyte.integrations.autoload import install
@@ -26,6 +27,7 @@ def load(
     device: str | torch.device | None = None,
     device_map: Any = None,
     activations: str = "float",
+    weights_file: str | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
@@ -43,6 +45,8 @@ def load(
         activations: "int8": on a CPU, quantized layers round their input to 8 bits per group:
             faster where arithmetic is the bottleneck, and less exact
             (:mod:`halfbyte.kernels.cpu_int8`).
+        weights_file: Name of the safetensors file or index to read, for a folder that holds several
+            checkpoints; None: the usual one.
         trust_remote_code: Run model code from the folder.
         **settings: ``revision``, ``subfolder``, ``cache_dir``, ``token``, ``local_files_only`` and
             ``force_download`` select the files; others are passed to ``from_pretrained``.
@@ -66,6 +70,8 @@ def load(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is None:
         config.quantization_config = {"quant_method": METHOD, **read_labels(folder).raw}
+    if weights_file is not None:
+        config.transformers_weights = check_model_file(folder, weights_file).name
     if device is not None:
         device_map = {"": resolve_device(device)}
     loaded = _load_complete(

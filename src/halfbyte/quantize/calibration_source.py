@@ -48,7 +48,7 @@ class CalibrationRow:
         return CalibrationRow(self.ids[:length], None if mask is None else mask[:length])
 
 
-def read_source(source: str | Path | Sequence[Any]) -> tuple[str, list[Any]]:
+def read_source(source: str | Path | Iterable[Any]) -> tuple[str, list[Any]]:
     """Read a calibration source into items.
 
     Args:
