@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
+from halfbyte.checkpoint.labels import ADAPTER_CONFIG, MODEL_CONFIG, describe_missing_config
 from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError
 
@@ -237,6 +238,8 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
 def explain_missing_weights(folder: Path) -> str:
     """Explain why a folder without safetensors files cannot be read, and what to do."""
     names = sorted(path.name for path in folder.iterdir())
+    if ADAPTER_CONFIG in names and MODEL_CONFIG not in names:
+        return f"Cannot open checkpoint {folder}: {describe_missing_config(folder)}."
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
         return (

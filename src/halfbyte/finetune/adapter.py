@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.labels import ADAPTER_CONFIG
 from halfbyte.errors import ConfigError, require_extra
 from halfbyte.evaluate.loading import Subject
 from halfbyte.finetune.config import ALL_LINEAR, QALORA, AdapterConfig
 
-CONFIG_FILE = "adapter_config.json"
 PEFT_VARIANTS: dict[str, dict[str, bool]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -41,8 +41,8 @@ def check_adapter(folder: str | Path) -> None:
     Raises:
         ConfigError: The folder holds no adapter.
     """
-    if not (Path(folder) / CONFIG_FILE).is_file():
-        found = f"no {CONFIG_FILE} in it" if Path(folder).is_dir() else "no such folder"
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
+        found = f"no {ADAPTER_CONFIG} in it" if Path(folder).is_dir() else "no such folder"
         raise ConfigError(
             f"There is no adapter in {folder}: {found}. Give the folder of a PEFT adapter, such as "
             "one written by halfbyte finetune or halfbyte repair."

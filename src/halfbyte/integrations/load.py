@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from halfbyte.checkpoint.labels import read_labels
+from halfbyte.checkpoint.labels import describe_missing_config, read_labels
 from halfbyte.checkpoint.layout import CONFIG_FILES, METHOD
 from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError, ConfigError
@@ -64,8 +64,8 @@ def load(
     folder = find_model(model, hub, with_code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"Cannot load {folder}: it has no config.json, which describes the model. "
-            "Copy config.json and the tokenizer files of the base model into it."
+            f"Cannot load {folder}: {describe_missing_config(folder)}. Give the folder of a "
+            "quantized model; if its config.json is lost, copy the one of the base model into it."
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is None:
@@ -110,7 +110,7 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"Cannot load '{folder}': it is not a model folder, as it has no config.json."
+            f"Cannot load '{folder}': {describe_missing_config(folder)}. Give a model folder."
         )
     # Transformers' progress bar would mix with the command's output.
     logging.disable_progress_bar()
