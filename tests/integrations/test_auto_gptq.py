@@ -173,8 +173,8 @@ def test_old_switches_are_taken_with_one_line(base, tmp_path, fake_quantize, cap
         model.quantize(make_examples(), use_triton=False, cache_examples_on_gpu=True)
         model.save_quantized(tmp_path / "out", use_safetensors=False)
         AutoGPTQForCausalLM.from_quantized(
-            tmp_path / "out", device="cpu", use_triton=True, strict=False
-        )
+            tmp_path / "out", device="cpu", use_triton=True, strict=False, quantize_config=None
+        ).warmup_triton()
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(". halfbyte")[0] for line in lines] == [
         "from_pretrained: these AutoGPTQ options have no effect: max_memory",

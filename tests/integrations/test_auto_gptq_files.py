@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,10 @@ def base(tmp_path):
 
 
 @pytest.fixture
-def quantized(base):
+def quantized(base, tmp_path, monkeypatch):
     """A model that is quantized, and not saved yet."""
+    # What is kept after an error belongs to the test.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = BaseQuantizeConfig(bits=4, group_size=32, desc_act=False)
     model = AutoGPTQForCausalLM.from_pretrained(base, config)
     model.quantize([list(range(3, 40))])

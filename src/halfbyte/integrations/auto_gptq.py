@@ -142,7 +142,7 @@ class AutoGPTQForCausalLM:
         from halfbyte.integrations.load import load
 
         basename = flags.pop("model_basename", None)
-        ignored = [name for name in flags if name in IGNORED_FLAGS]
+        ignored = [name for name in flags if name in IGNORED_FLAGS and flags[name] is not None]
         if ignored:
             warn_ignored("from_quantized", ignored)
         hub, settings = HubOptions.split(
@@ -357,6 +357,9 @@ class AutoGPTQForCausalLM:
         return self.model(*args, **kwargs)
 
     __call__ = forward
+
+    def warmup_triton(self, enabled: bool = True) -> None:
+        """Do nothing: kernels are compiled when they first run."""
 
     def to(self, device: str | int | torch.device) -> Self:
         """Move the model to a device.
