@@ -57,8 +57,14 @@ def load(
     Raises:
         ModelError: There is no such folder, and it cannot be downloaded.
         CheckpointError: The folder is not a GPTQ checkpoint, lacks tensors, or is damaged.
-        ConfigError: There is no such device, or no layer supports int8 activations.
+        ConfigError: There is no such device, ``device_map`` is given too, or no layer supports int8
+            activations.
     """
+    if device is not None and device_map is not None:
+        raise ConfigError(
+            f"Cannot load {model}: device is {str(device)!r} and device_map is {device_map!r}. "
+            "Give device for the whole model, or device_map for its parts."
+        )
     install()
     hub, settings = HubOptions.split(settings)
     folder = find_model(model, hub, with_code=trust_remote_code)
