@@ -54,6 +54,12 @@ def test_model_basename_chooses_the_weights(two, basename, expected):
     assert bits(model.model) == expected
 
 
+def test_autogptqs_file_is_read_beside_an_unquantized_model(base):
+    saved = Recipe(file_name="gptq_model-4bit-32g.safetensors")
+    write_checkpoint(base, CONFIG, saved)
+    assert bits(AutoGPTQForCausalLM.from_quantized(base, device="cpu").model) == 4
+
+
 def test_model_basename_without_a_file_is_reported(two, caplog):
     with caplog.at_level(logging.WARNING, "halfbyte"):
         model = AutoGPTQForCausalLM.from_quantized(two, device="cpu", model_basename="renamed")

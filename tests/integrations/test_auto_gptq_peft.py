@@ -10,6 +10,7 @@ from tests.helpers.checkpoints import tiny_llama_config, write_checkpoint
 
 from halfbyte.auto_gptq import (
     AutoGPTQForCausalLM,
+    BaseQuantizeConfig,
     exllama_set_max_input_length,
     get_gptq_peft_model,
 )
@@ -51,6 +52,15 @@ def test_given_modules_are_adapted_if_asked_for(model):
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trained = get_gptq_peft_model(model, config, auto_find_all_linears=False, train_mode=True)
     assert sum(p.requires_grad for p in trained.parameters()) == 2
+
+
+def test_model_trains_after_it_was_loaded_to_generate(tmp_path):
+    write_checkpoint(tmp_path, tiny_llama_config(num_hidden_layers=1))
+    model = AutoGPTQForCausalLM(tmp_path, BaseQuantizeConfig(), quantized=True)
+    model.generate(input_ids=IDS, max_new_tokens=1)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM")
+    trained = get_gptq_peft_model(model, config, train_mode=True)
+    trained(IDS, labels=IDS).loss.backward()
 
 
 @pytest.mark.parametrize(("train_mode", "missing"), [(True, "peft_config"), (False, "model_id")])

@@ -349,8 +349,9 @@ class AutoGPTQForCausalLM:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``generate`` of the Transformers model, without gradients."""
+        model = self.model  # loaded outside inference mode: such tensors cannot be trained on
         with torch.inference_mode():
-            return self.model.generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the Transformers model."""

@@ -20,14 +20,16 @@ def find_weights_file(folder: Path, basename: str | None) -> str | None:
 
     Args:
         folder: A checkpoint.
-        basename: Name of the file without ``.safetensors``; None: the folder's usual weights.
+        basename: Name of the file without ``.safetensors``; None: AutoGPTQ's own name if there is
+            such a file, which it can save beside an unquantized ``model.safetensors``.
 
     Returns:
-        The name of the file or its index; None for the usual weights. A name that matches no file
-        is reported and not used, because many repositories have renamed theirs.
+        The name of the file or its index; None for the folder's usual weights. A name that matches
+        no file is reported and not used, because many repositories have renamed theirs.
     """
     if basename is None:
-        return None
+        found = [path.name for path in folder.glob("gptq_model*.safetensors")]
+        return found[0] if len(found) == 1 else None
     stem = basename.removesuffix(".safetensors")
     for name in (f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}"):
         if (folder / name).is_file():
