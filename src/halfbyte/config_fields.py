@@ -79,6 +79,24 @@ def check_types(config: Any) -> None:
             )
 
 
+def check_config(value: Any, kind: type) -> None:
+    """Check that a config is of a class, and not a dict of its settings.
+
+    Args:
+        value: The config; None: not given.
+        kind: The class.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if value is not None and not isinstance(value, kind):
+        name = kind.__name__
+        raise ConfigError(
+            f"{str(value)[:80]} is a {type(value).__name__}; a {name} is needed. Make one with "
+            f"halfbyte.{name}(...)."
+        )
+
+
 def check_least(config: Any, name: str, minimum: int) -> None:
     """Raise a ConfigError unless the value is an integer of at least ``minimum``."""
     value = getattr(config, name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.checkpoint.labels import read_labels, read_model_config
+from halfbyte.checkpoint.labels import describe_missing_config, read_labels, read_model_config
 from halfbyte.errors import CheckpointError
 
 FULL = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "quant_method": "gptq"}
@@ -126,3 +126,14 @@ def test_section_that_is_no_object_is_refused(tmp_path):
 
 def test_model_config_is_empty_where_there_is_none(tmp_path):
     assert read_model_config(tmp_path) == {}
+
+
+def test_folder_without_a_model_config_is_described(tmp_path):
+    assert describe_missing_config(tmp_path / "nowhere") == "no such folder"
+    (tmp_path / "file").write_text("")
+    assert describe_missing_config(tmp_path / "file") == "it is a file"
+    assert describe_missing_config(tmp_path) == "it has no config.json"
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+    found = describe_missing_config(tmp_path)
+    assert found.startswith("it is an adapter on me/base (adapter_config.json and no config.json)")
+    assert found.endswith(f"halfbyte merge BASE {tmp_path} -o OUT")

@@ -145,6 +145,13 @@ def test_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
         TensorFiles.open(tmp_path)
 
 
+def test_adapter_is_called_one(tmp_path):
+    save_file({"a": A}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+    with pytest.raises(CheckpointError, match="it is an adapter on me/base"):
+        TensorFiles.open(tmp_path)
+
+
 def test_path_may_be_a_string(tmp_path):
     save_file({"a": A}, tmp_path / "model.safetensors")
     assert list(TensorFiles.open(str(tmp_path)).infos) == ["a"]

@@ -178,4 +178,4 @@ def test_buffered_text_is_flushed_at_the_end(folder, capsys, monkeypatch, verb):
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
-    assert "it is not a model folder, as it has no config.json" in capsys.readouterr().err
+    assert "it has no config.json. Give a model folder" in capsys.readouterr().err

@@ -1,8 +1,11 @@
 import argparse
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from halfbyte.cli import output
 from halfbyte.cli.measuring import (
     add_measuring_arguments,
     describe_text,
@@ -61,11 +64,23 @@ def test_unreadable_texts_are_rejected_by_name(tmp_path):
         read_text(tmp_path / "latin.txt")
 
 
-def test_progress_is_silent_in_a_pipe(capsys):
+def test_progress_is_a_line_per_stage_in_a_pipe(capsys):
     with window_progress("perplexity") as progress:
-        progress(1, 2)
+        for done in range(1, 4):
+            progress(done, 9)
     captured = capsys.readouterr()
-    assert captured.out + captured.err == ""
+    assert captured.out == ""
+    lines = [line.partition(" (")[0] for line in captured.err.splitlines()]
+    assert lines == ["loading", "perplexity, 1 of 9"]
+
+
+def test_progress_is_a_bar_per_stage_on_a_terminal(monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(output, "err_console", terminal)
+    with window_progress("perplexity") as progress:
+        progress(3, 9)
+    assert "loading" in terminal.file.getvalue()
+    assert "3/9" in terminal.file.getvalue()
 
 
 def test_small_divergences_are_formatted_in_scientific_notation():

@@ -20,7 +20,8 @@ from tests.helpers.hub import put_into_cache
 from transformers import BatchEncoding
 
 from halfbyte.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
-from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.errors import CheckpointError, ConfigError, ModelError
+from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize import pipeline
 from halfbyte.quantize.source import find_model
 
@@ -113,6 +114,8 @@ def test_config_is_saved_and_read_again(tmp_path):
     config = BaseQuantizeConfig(bits=8, group_size=64, sym=False, desc_act=False, damp_percent=0.2)
     config.save_pretrained(tmp_path)
     assert BaseQuantizeConfig.from_pretrained(tmp_path) == config
+    with pytest.raises(ModelError, match="There is no model folder"):
+        BaseQuantizeConfig.from_pretrained(tmp_path / "missing")
 
 
 def test_quantize_hands_on_examples_and_settings(base, fake_quantize):
@@ -122,7 +125,7 @@ def test_quantize_hands_on_examples_and_settings(base, fake_quantize):
     assert model.quantize(examples, batch_size=2) == "the report"
     ((source, keywords),) = fake_quantize
     assert source == base
-    assert keywords["text"] is examples
+    assert keywords["text"] == examples
     assert keywords["config"] == config.to_quant_config()
     calibration = keywords["calibration"]
     assert (calibration.samples, calibration.length, calibration.batch_size) == (5, 12, 2)
@@ -133,8 +136,26 @@ def test_quantize_hands_on_examples_and_settings(base, fake_quantize):
 )
 def test_examples_may_be_plain_lists_too(base, fake_quantize, example):
     model = AutoGPTQForCausalLM.from_pretrained(base, BaseQuantizeConfig())
-    model.quantize([example])
+    model.quantize(row for row in [example])
     assert fake_quantize[0][1]["calibration"].length == 3
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_every_row_of_a_padded_batch_counts(base, fake_quantize, in_list):
+    rows = {"input_ids": [[5, 6, 7], [8, 9, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}
+    batch = BatchEncoding(rows, tensor_type="pt")
+    model = AutoGPTQForCausalLM.from_pretrained(base, BaseQuantizeConfig())
+    model.quantize([batch] if in_list else batch)
+    calibration = fake_quantize[0][1]["calibration"]
+    assert (calibration.samples, calibration.length) == (2, 3)
+
+
+def test_texts_are_examples_too(base, fake_quantize):
+    model = AutoGPTQForCausalLM.from_pretrained(base, BaseQuantizeConfig())
+    model.quantize(["one text", "another"])
+    ((_, keywords),) = fake_quantize
+    assert keywords["text"] == ["one text", "another"]
+    assert keywords["calibration"] == CalibrationConfig()
 
 
 def test_base_model_is_not_loaded_to_be_quantized(base, fake_quantize):
@@ -152,14 +173,14 @@ def test_old_switches_are_taken_with_one_line(base, tmp_path, fake_quantize, cap
         model.quantize(make_examples(), use_triton=False, cache_examples_on_gpu=True)
         model.save_quantized(tmp_path / "out", use_safetensors=False)
         AutoGPTQForCausalLM.from_quantized(
-            tmp_path / "out", device="cpu", use_triton=True, disable_exllama=True
-        )
+            tmp_path / "out", device="cpu", use_triton=True, strict=False, quantize_config=None
+        ).warmup_triton()
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(". halfbyte")[0] for line in lines] == [
         "from_pretrained: these AutoGPTQ options have no effect: max_memory",
         "quantize: these AutoGPTQ options have no effect: use_triton, cache_examples_on_gpu",
         "save_quantized: these AutoGPTQ options have no effect: use_safetensors=False",
-        "from_quantized: these AutoGPTQ options have no effect: use_triton, disable_exllama",
+        "from_quantized: these AutoGPTQ options have no effect: use_triton, strict",
     ]
 
 
@@ -255,7 +276,9 @@ def test_old_checkpoint_loads_by_its_file_name_and_separate_config(tmp_path):
 def test_trainable_model_is_in_training_mode(tmp_path):
     write_checkpoint(tmp_path, tiny_llama_config(num_hidden_layers=1))
     assert AutoGPTQForCausalLM.from_quantized(tmp_path, device="cpu", trainable=True).training
-    assert not AutoGPTQForCausalLM.from_quantized(tmp_path, device_map={"": "cpu"}).training
+    model = AutoGPTQForCausalLM.from_quantized(tmp_path, device_map={"": "cpu"})
+    assert not model.training
+    assert model.hf_device_map is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

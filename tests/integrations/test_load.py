@@ -12,7 +12,7 @@ from tests.helpers.checkpoints import (
 from tests.helpers.hub import put_into_cache
 
 import halfbyte
-from halfbyte.errors import CheckpointError, ModelError
+from halfbyte.errors import CheckpointError, ConfigError, ModelError
 from halfbyte.integrations.load import load, load_model
 from halfbyte.nn.linear import QuantLinear
 
@@ -39,6 +39,11 @@ def test_uses_halfbytes_loader_even_where_it_is_switched_off(tmp_path):
     write_checkpoint(tmp_path, tiny_llama_config())
     halfbyte.uninstall_transformers()
     assert isinstance(load(tmp_path).model.layers[0].mlp.up_proj, QuantLinear)
+
+
+def test_device_beside_a_device_map_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"device is 'cpu' and device_map is 'auto'"):
+        load(tmp_path, device="cpu", device_map="auto")
 
 
 def test_folder_without_a_model_config_is_refused(tmp_path):

@@ -315,6 +315,15 @@ def test_dequantize_gives_an_ordinary_model(tmp_path):
     assert_same(load(tmp_path / "dense"), reference)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_converts_the_whole_model_to_the_dtype(tmp_path, dtype):
+    write_checkpoint(tmp_path, tiny_llama_config(tie_word_embeddings=True))
+    model = load(tmp_path, dtype=torch.float16).dequantize(dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert logits(model).dtype == dtype
+
+
 def test_says_which_kernels_run_it(tmp_path, caplog, monkeypatch):
     absent = native_library.NativeLibrary(functions=None, obstacle="not built", isa="")
     monkeypatch.setattr(cpu_native, "open_library", lambda: absent)

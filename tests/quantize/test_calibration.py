@@ -344,13 +344,19 @@ def test_unusable_file_is_refused(name: str, text: str, message: str, tmp_path: 
 
 
 def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"Cannot read calibration file .*nowhere\.txt"):
+    with pytest.raises(CalibrationError, match=r"Cannot read calibration file .*nowhere\.txt: No"):
         load(tmp_path / "nowhere.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(CalibrationError, match=r"latin\.txt: 'utf-8' codec .*Give a UTF-8 text"):
         load(tmp_path / "latin.txt")
     with pytest.raises(CalibrationError, match="Cannot read calibration file"):
         load(tmp_path)
+
+
+def test_text_in_place_of_a_file_is_named_in_short() -> None:
+    with pytest.raises(CalibrationError, match=r"in Python, a list of texts\.") as refused:
+        load("a whole text " * 1000)
+    assert len(str(refused.value)) < 600
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:

@@ -157,6 +157,13 @@ def test_patterns_that_match_nothing_are_noted(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["config", "calibration", "resources"])
+def test_dict_of_settings_is_refused(tmp_path: Path, name: str) -> None:
+    message = r"\{'bits': 4\} is a dict; a \w+Config is needed\. Make one with halfbyte\.\w+Config"
+    with pytest.raises(ConfigError, match=message):
+        halfbyte.quantize(tmp_path, tmp_path / "out", **{name: {"bits": 4}})
+
+
 def test_everything_skipped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"match all 14 linears of .*nothing is left to quantize"):
         run(tmp_path, QuantConfig(skip=(".",)))

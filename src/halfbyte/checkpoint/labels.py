@@ -34,6 +34,8 @@ from halfbyte.errors import CheckpointError
 
 MODEL_CONFIG = "config.json"
 CONFIG_SECTION = "quantization_config"
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's file."""
 
 AWQ_VERSIONS = ("gemm", "gemv", "gemv_fast", "marlin", "llm-awq")
 
@@ -124,6 +126,30 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         CheckpointError: The file cannot be read or is not a JSON object.
     """
     return _read_json(folder / MODEL_CONFIG) or {}
+
+
+def describe_missing_config(folder: Path) -> str:
+    """Describe why a folder without ``config.json`` is not a model, for messages.
+
+    Args:
+        folder: The folder; may not exist.
+
+    Returns:
+        What it is or lacks.
+
+    Raises:
+        CheckpointError: The config of an adapter cannot be read or is not a JSON object.
+    """
+    if not folder.is_dir():
+        return "it is a file" if folder.exists() else "no such folder"
+    adapter = _read_json(folder / ADAPTER_CONFIG)
+    if adapter is None:
+        return f"it has no {MODEL_CONFIG}"
+    base = adapter.get("base_model_name_or_path") or "a model"
+    return (
+        f"it is an adapter on {base} ({ADAPTER_CONFIG} and no {MODEL_CONFIG}). To make one model "
+        f"of both: halfbyte merge BASE {folder} -o OUT"
+    )
 
 
 def read_quantization_config(folder: Path) -> dict[str, Any]:

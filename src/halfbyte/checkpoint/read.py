@@ -228,11 +228,12 @@ class Checkpoint:
         return LinearInfo(layout=layout, zeros=zeros, has_trivial_groups=trivial)
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, weights_file: str | None = None) -> Checkpoint:
     """Open a GPTQ checkpoint: find its files, read headers and config, validate every shape.
 
     Args:
         folder: Folder of the safetensors files and usually ``config.json``.
+        weights_file: As in :meth:`TensorFiles.open`.
 
     Returns:
         The checkpoint; tensors are read on demand.
@@ -242,7 +243,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             missing or damaged; names the tensor.
     """
     folder = Path(folder)
-    files = TensorFiles.open(folder)
+    files = TensorFiles.open(folder, weights_file)
     labels = read_labels(folder)
     shapes = _collect_shapes(files)
     if not shapes:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
+from halfbyte.checkpoint.labels import ADAPTER_CONFIG, MODEL_CONFIG, describe_missing_config
 from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError
 
@@ -42,7 +43,7 @@ class TensorFiles:
     """Every file that contains a tensor, sorted by name."""
 
     @classmethod
-    def open(cls, folder: str | Path) -> TensorFiles:
+    def open(cls, folder: str | Path, weights_file: str | None = None) -> TensorFiles:
         """Find and validate the safetensors files of a model folder; no tensor is read.
 
         Accepts ``model.safetensors``, an index with its shards, AutoGPTQ's
@@ -52,6 +53,7 @@ class TensorFiles:
 
         Args:
             folder: A base model or a quantized one.
+            weights_file: Name of the safetensors file or index to read; None: chosen as above.
 
         Returns:
             The index over its tensors.
@@ -75,6 +77,8 @@ class TensorFiles:
                 f"Cannot open checkpoint {folder}: {error.strerror or error}. "
                 "Check its permissions."
             ) from error
+        if weights_file is not None:
+            names = [weights_file]
         index_name = _find_index(folder, names)
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
         is_sharded = index_name is not None and SINGLE_FILE not in names
@@ -234,6 +238,8 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
 def explain_missing_weights(folder: Path) -> str:
     """Explain why a folder without safetensors files cannot be read, and what to do."""
     names = sorted(path.name for path in folder.iterdir())
+    if ADAPTER_CONFIG in names and MODEL_CONFIG not in names:
+        return f"Cannot open checkpoint {folder}: {describe_missing_config(folder)}."
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
         return (

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.measuring import read_text
 from halfbyte.cli.options import EXACTLY, add_computing_arguments
-from halfbyte.cli.output import console, err_console, make_bars
+from halfbyte.cli.output import console, err_console, show_progress
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.judge.comparison import Comparison
-    from halfbyte.judge.progress import Progress
     from halfbyte.judge.setup import CompareConfig
 
 HELP = (
@@ -202,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         # Fail now, not after hours of answers.
         create_folder(args.output)
-    with _show_progress() as progress:
+    with show_progress() as progress:
         result = compare(
             args.base,
             args.candidate,
@@ -281,28 +278,6 @@ def _config(args: argparse.Namespace) -> CompareConfig:
         device=args.device,
         seed=args.seed,
     )
-
-
-@contextmanager
-def _show_progress() -> Iterator[Progress]:
-    """Show progress on stderr: one bar per stage on a terminal, plain lines elsewhere."""
-    from halfbyte.judge.progress import PlainProgress
-
-    bars = make_bars()
-    if not err_console.is_terminal:
-        yield PlainProgress(err_console)
-        return
-    stages: dict[str, Any] = {}
-
-    def update_bar(stage: str, done: int, total: int) -> None:
-        if stage not in stages:
-            for earlier in stages.values():
-                bars.stop_task(earlier)
-            stages[stage] = bars.add_task(stage, total=total)
-        bars.update(stages[stage], completed=done, total=total)
-
-    with bars:
-        yield update_bar
 
 
 def _print_text(result: Comparison) -> None:

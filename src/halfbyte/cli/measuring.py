@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.cli.options import EXACTLY, add_computing_arguments
-from halfbyte.cli.output import make_bars
+from halfbyte.cli.output import show_progress
 from halfbyte.errors import ConfigError
 
 SHIPPED_TEXT = "the evaluation text of halfbyte (WikiText-2 test, first eight articles)"
@@ -98,10 +98,10 @@ def read_text(path: Path) -> str:
 
 @contextmanager
 def window_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal; yields a function to call with (done, total)."""
-    with make_bars() as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """Show progress on stderr; yields a function to call with (done, total)."""
+    with show_progress() as progress:
+        progress("loading", 0, 1)
+        yield lambda done, total: progress(label, done, total)
 
 
 def describe_text(path: Path | None) -> str:

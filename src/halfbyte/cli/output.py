@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,7 +17,9 @@ from rich.console import Console
 from halfbyte.jsonable import to_jsonable
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as Bars
+
+    from halfbyte.judge.progress import Progress
 
 PLAIN_WIDTH = 160
 """Columns of tables that are written to a file or a pipe, which has no width."""
@@ -39,26 +43,51 @@ console = make_console()
 err_console = make_console(stderr=True)
 
 
-def make_bars() -> Progress:
-    """Make a progress bar on stderr, which is hidden if that is not a terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Show progress on stderr: one bar per stage on a terminal, plain lines elsewhere.
+
+    Yields:
+        A function to call with the stage and with (done, total) within it.
+    """
     from transformers.utils import logging
+
+    from halfbyte.judge.progress import PlainProgress
 
     # Transformers' own bar for loading files would interfere.
     logging.disable_progress_bar()
-    return Progress(
+    if not err_console.is_terminal:
+        yield PlainProgress(err_console)
+        return
+    bars = _make_bars()
+    stages: dict[str, Any] = {}
+
+    def update_bar(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            for earlier in stages.values():
+                bars.stop_task(earlier)
+            stages[stage] = bars.add_task(stage, total=total)
+        bars.update(stages[stage], completed=done, total=total)
+
+    with bars:
+        yield update_bar
+
+
+def _make_bars() -> Bars:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    return Bars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=err_console,
-        disable=not err_console.is_terminal,
         transient=True,
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.labels import describe_missing_config
 from halfbyte.checkpoint.shards import explain_missing_weights
 from halfbyte.data import evaluation_text
 from halfbyte.errors import CheckpointError, ConfigError, ModelError, first_line
@@ -104,10 +105,9 @@ def check_folder(folder: Path) -> None:
         CheckpointError: It has no weights in safetensors.
     """
     if not (folder / "config.json").is_file():
-        reason = "it has no config.json" if folder.is_dir() else "no such folder"
         raise ModelError(
-            f"Cannot load the model '{folder}': {reason}. Give a folder written by save_pretrained "
-            "or halfbyte, or a downloaded Hugging Face repository."
+            f"Cannot load the model '{folder}': {describe_missing_config(folder)}. Give a folder "
+            "written by save_pretrained or halfbyte, or a downloaded Hugging Face repository."
         )
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(explain_missing_weights(folder))

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from halfbyte.checkpoint.labels import ADAPTER_CONFIG
 from halfbyte.errors import ConfigError, require_extra
 from halfbyte.evaluate.loading import Subject
 from halfbyte.finetune.config import ALL_LINEAR, QALORA, AdapterConfig
 from halfbyte.model.experts import UnfusedExperts, find_fused_experts, projection_names
 from halfbyte.model.naming import Renaming
 
-CONFIG_FILE = "adapter_config.json"
 PEFT_VARIANTS: dict[str, dict[str, bool]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -48,8 +48,8 @@ def check_adapter(folder: str | Path) -> None:
     Raises:
         ConfigError: The folder holds no adapter.
     """
-    if not (Path(folder) / CONFIG_FILE).is_file():
-        found = f"no {CONFIG_FILE} in it" if Path(folder).is_dir() else "no such folder"
+    if not (Path(folder) / ADAPTER_CONFIG).is_file():
+        found = f"no {ADAPTER_CONFIG} in it" if Path(folder).is_dir() else "no such folder"
         raise ConfigError(
             f"There is no adapter in {folder}: {found}. Give the folder of a PEFT adapter, such as "
             "one written by halfbyte finetune or halfbyte repair."

@@ -18,7 +18,8 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,11 +30,17 @@ from halfbyte.errors import ConfigError
 from halfbyte.integrations.auto_gptq_config import (
     IGNORED_FLAGS,
     BaseQuantizeConfig,
+    find_device,
     rename_deprecated,
     warn_ignored,
 )
-from halfbyte.machine.devices import resolve_device
+from halfbyte.integrations.auto_gptq_files import (
+    find_weights_file,
+    move_out_of_scratch,
+    prepare_target,
+)
 from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+from halfbyte.quantize.calibration_source import as_ids, read_source
 from halfbyte.quantize.source import HubOptions, find_model
 
 if TYPE_CHECKING:
@@ -125,27 +132,30 @@ class AutoGPTQForCausalLM:
             torch_dtype: Dtype to compute in; None: that of the model's config.
             trust_remote_code: Run model code from the folder.
             trainable: Put the model into training mode.
-            **flags: AutoGPTQ's switches for its kernels and files have no effect; others are
-                passed to :func:`halfbyte.load`.
+            **flags: ``model_basename`` is the name of the weights file without its suffix.
+                AutoGPTQ's switches for its kernels have no effect; others are passed to
+                :func:`halfbyte.load`.
 
         Returns:
             The loaded model.
         """
         from halfbyte.integrations.load import load
 
-        ignored = [name for name in flags if name in IGNORED_FLAGS]
+        basename = flags.pop("model_basename", None)
+        ignored = [name for name in flags if name in IGNORED_FLAGS and flags[name] is not None]
         if ignored:
             warn_ignored("from_quantized", ignored)
         hub, settings = HubOptions.split(
             rename_deprecated({name: flags[name] for name in flags if name not in IGNORED_FLAGS})
         )
         folder = find_model(model_name_or_path, hub, with_code=trust_remote_code)
-        placement: dict[str, Any] = {"device": None if device_map else _find_device(device)}
+        placement: dict[str, Any] = {"device": None if device_map else find_device(device)}
         if device_map:
             placement = {"device_map": device_map, "max_memory": max_memory}
         model = load(
             folder,
             dtype=torch_dtype or "auto",
+            weights_file=find_weights_file(folder, basename),
             trust_remote_code=trust_remote_code,
             **placement,
             **settings,
@@ -156,7 +166,7 @@ class AutoGPTQForCausalLM:
 
     def quantize(
         self,
-        examples: Sequence[Any],
+        examples: Iterable[Any],
         batch_size: int = 1,
         use_triton: bool | None = None,
         use_cuda_fp16: bool | None = None,
@@ -166,7 +176,7 @@ class AutoGPTQForCausalLM:
         """Quantize the model into a temporary folder; ``save_quantized`` moves it.
 
         Args:
-            examples: Outputs of the tokenizer, or lists of token ids.
+            examples: Outputs of the tokenizer, of one or many rows; lists of token ids; or texts.
             batch_size: Examples per forward pass, if their lengths allow it.
             use_triton: No effect.
             use_cuda_fp16: No effect.
@@ -195,6 +205,11 @@ class AutoGPTQForCausalLM:
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
             warn_ignored("quantize", ignored)
+        name, items = read_source(examples)
+        lengths = [len(row.ids) for item in items for row in as_ids(name, item) or ()]
+        calibration = CalibrationConfig(batch_size=None if batch_size == 1 else batch_size)
+        if lengths:
+            calibration = replace(calibration, samples=len(lengths), length=max(1, *lengths))
         scratch = tempfile.mkdtemp(prefix="halfbyte-")
         # The folder is deleted with this object, or when its files are moved by save_quantized.
         self._scratch = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
@@ -203,13 +218,9 @@ class AutoGPTQForCausalLM:
             self.source,
             output,
             config=self.quantize_config.to_quant_config(),
-            calibration=CalibrationConfig(
-                samples=max(len(examples), 1),
-                length=max(map(_num_tokens, examples), default=1),
-                batch_size=None if batch_size == 1 else batch_size,
-            ),
+            calibration=calibration,
             resources=ResourceConfig(device="cuda" if torch.cuda.is_available() else "cpu"),
-            text=examples,
+            text=items,
             hub=self._hub,
         )
         self.source, self.quantized, self._model = output, True, None
@@ -232,7 +243,7 @@ class AutoGPTQForCausalLM:
             **options: No effect.
 
         Raises:
-            ConfigError: The model is not quantized yet.
+            ConfigError: The model is not quantized yet, or the folder holds an unquantized one.
         """
         if not self.quantized:
             raise ConfigError(
@@ -244,12 +255,12 @@ class AutoGPTQForCausalLM:
         if ignored:
             warn_ignored("save_quantized", ignored)
         target = Path(save_dir)
-        target.mkdir(parents=True, exist_ok=True)
         if self._scratch is not None:
-            _move_files(Path(self.source), target)
-            self._scratch()
+            move_out_of_scratch(Path(self.source), target, self._scratch)
             self._scratch, self.source = None, target
-        elif self._model is None:
+            return
+        prepare_target(target)
+        if self._model is None:
             if not target.samefile(self.source):
                 shutil.copytree(self.source, target, dirs_exist_ok=True)
         else:
@@ -326,6 +337,11 @@ class AutoGPTQForCausalLM:
         return AutoConfig.from_pretrained(self._folder(), trust_remote_code=self._trust_remote_code)
 
     @property
+    def hf_device_map(self) -> dict[str, Any] | None:
+        """Devices by module; None if the whole model is on one."""
+        return getattr(self.model, "hf_device_map", None)
+
+    @property
     def device(self) -> torch.device:
         """The device for the model's inputs."""
         device: torch.device = self.model.device
@@ -333,14 +349,18 @@ class AutoGPTQForCausalLM:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``generate`` of the Transformers model, without gradients."""
+        model = self.model  # loaded outside inference mode: such tensors cannot be trained on
         with torch.inference_mode():
-            return self.model.generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the Transformers model."""
         return self.model(*args, **kwargs)
 
     __call__ = forward
+
+    def warmup_triton(self, enabled: bool = True) -> None:
+        """Do nothing: kernels are compiled when they first run."""
 
     def to(self, device: str | int | torch.device) -> Self:
         """Move the model to a device.
@@ -378,20 +398,3 @@ class AutoGPTQForCausalLM:
             self._folder(), **self._settings
         )
         return model
-
-
-def _find_device(device: str | int | torch.device | None) -> torch.device:
-    """Resolve a device, which in AutoGPTQ can also be the number of a GPU."""
-    if isinstance(device, int):
-        device = f"cuda:{device}"
-    return resolve_device("auto" if device is None else device)
-
-
-def _num_tokens(example: Any) -> int:
-    ids = example["input_ids"] if hasattr(example, "keys") else example
-    return int(torch.as_tensor(ids).numel())
-
-
-def _move_files(source: Path, target: Path) -> None:
-    for path in source.iterdir():
-        shutil.move(path, target / path.name)

@@ -13,10 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from halfbyte.checkpoint.labels import read_labels
 from halfbyte.checkpoint.layout import CONFIG_FILES, FORMAT_V1
 from halfbyte.errors import ConfigError
+from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import QuantConfig
+from halfbyte.quantize.source import HubOptions, find_model
 
 logger = logging.getLogger("halfbyte")
 
@@ -24,8 +28,9 @@ IGNORED_FLAGS = frozenset(
     (
         *("low_cpu_mem_usage", "use_triton", "use_tritonv2", "use_qigen", "use_marlin"),
         *("use_cuda_fp16", "inject_fused_attention", "inject_fused_mlp", "warmup_triton"),
-        *("disable_exllama", "disable_exllamav2", "quantize_config", "model_basename"),
+        *("disable_exllama", "disable_exllamav2", "quantize_config", "strict"),
         *("use_safetensors", "checkpoint_format", "resume_download", "_commit_hash"),
+        "_raise_exceptions_for_missing_entries",
     )
 )
 """Options of ``from_quantized`` without effect: halfbyte chooses kernels and files itself."""
@@ -91,13 +96,14 @@ class BaseQuantizeConfig:
         """Read the quantization config of a folder.
 
         Args:
-            save_dir: The folder of a checkpoint.
-            **options: Unused.
+            save_dir: The folder of a checkpoint, or its name on the Hub.
+            **options: Settings for downloading it, such as ``revision``.
 
         Returns:
             The config, with AutoGPTQ's defaults for missing values.
         """
-        labels = read_labels(Path(save_dir))
+        hub, _ = HubOptions.split(rename_deprecated(options))
+        labels = read_labels(find_model(save_dir, hub))
         damping = labels.raw.get("damp_percent")
         known: dict[str, Any] = {
             "bits": labels.bits,
@@ -124,6 +130,34 @@ def warn_ignored(where: str, names: Iterable[str]) -> None:
         where,
         ", ".join(names),
     )
+
+
+def exllama_set_max_input_length(model: Any, max_input_length: int) -> Any:
+    """Do nothing: no kernel here has buffers of a fixed length.
+
+    Args:
+        model: A quantized model.
+        max_input_length: No effect.
+
+    Returns:
+        The same model.
+    """
+    warn_ignored("exllama_set_max_input_length", ["max_input_length"])
+    return model
+
+
+def find_device(device: str | int | torch.device | None) -> torch.device:
+    """Find a device, which in AutoGPTQ can also be the number of a GPU.
+
+    Args:
+        device: The device; None: the first GPU, or the CPU.
+
+    Returns:
+        The device.
+    """
+    if isinstance(device, int):
+        device = f"cuda:{device}"
+    return resolve_device("auto" if device is None else device)
 
 
 def rename_deprecated(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from halfbyte.checkpoint.labels import read_labels
+from halfbyte.checkpoint.labels import describe_missing_config, read_labels
 from halfbyte.checkpoint.layout import CONFIG_FILES, METHOD
+from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.integrations.activations import round_activations
 from halfbyte.integrations.autoload import install
@@ -26,6 +27,7 @@ def load(
     device: str | torch.device | None = None,
     device_map: Any = None,
     activations: str = "float",
+    weights_file: str | None = None,
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
@@ -43,6 +45,8 @@ def load(
         activations: "int8": on a CPU, quantized layers round their input to 8 bits per group:
             faster where arithmetic is the bottleneck, and less exact
             (:mod:`halfbyte.kernels.cpu_int8`).
+        weights_file: Name of the safetensors file or index to read, for a folder that holds several
+            checkpoints; None: the usual one.
         trust_remote_code: Run model code from the folder.
         **settings: ``revision``, ``subfolder``, ``cache_dir``, ``token``, ``local_files_only`` and
             ``force_download`` select the files; others are passed to ``from_pretrained``.
@@ -53,19 +57,27 @@ def load(
     Raises:
         ModelError: There is no such folder, and it cannot be downloaded.
         CheckpointError: The folder is not a GPTQ checkpoint, lacks tensors, or is damaged.
-        ConfigError: There is no such device, or no layer supports int8 activations.
+        ConfigError: There is no such device, ``device_map`` is given too, or no layer supports int8
+            activations.
     """
+    if device is not None and device_map is not None:
+        raise ConfigError(
+            f"Cannot load {model}: device is {str(device)!r} and device_map is {device_map!r}. "
+            "Give device for the whole model, or device_map for its parts."
+        )
     install()
     hub, settings = HubOptions.split(settings)
     folder = find_model(model, hub, with_code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"Cannot load {folder}: it has no config.json, which describes the model. "
-            "Copy config.json and the tokenizer files of the base model into it."
+            f"Cannot load {folder}: {describe_missing_config(folder)}. Give the folder of a "
+            "quantized model; if its config.json is lost, copy the one of the base model into it."
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is None:
         config.quantization_config = {"quant_method": METHOD, **read_labels(folder).raw}
+    if weights_file is not None:
+        config.transformers_weights = check_model_file(folder, weights_file).name
     if device is not None:
         device_map = {"": resolve_device(device)}
     loaded = _load_complete(
@@ -104,7 +116,7 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"Cannot load '{folder}': it is not a model folder, as it has no config.json."
+            f"Cannot load '{folder}': {describe_missing_config(folder)}. Give a model folder."
         )
     # Transformers' progress bar would mix with the command's output.
     logging.disable_progress_bar()

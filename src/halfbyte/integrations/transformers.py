@@ -163,12 +163,17 @@ class GptqQuantizer(HfQuantizer):
         return align_renamings(model, weight_conversions, self.disk_names, self.disk_keys)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
-        """Convert the model's quantized linears to ordinary ones."""
+        """Convert the model's quantized linears to ordinary ones, and its other weights' dtype."""
         from halfbyte.nn.replace import dequantize_linears
 
+        computed = model.dtype
         # Transformers passes the dtype of the config, which is a string after save_pretrained.
-        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        dequantize_linears(model, wanted or model.dtype)
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or computed
+        dequantize_linears(model, wanted)
+        for parameter in model.parameters():
+            # Parameters in another dtype, such as float32 norms, are so on purpose.
+            if parameter.dtype == computed:
+                parameter.data = parameter.data.to(wanted)
         return model
 
 

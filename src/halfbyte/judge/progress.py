@@ -1,4 +1,4 @@
-"""How a comparison shows its progress where there is no terminal: lines for logs and pipes."""
+"""How comparisons and measurements show progress without a terminal: lines for logs and pipes."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from halfbyte.checkpoint.labels import describe_missing_config
 from halfbyte.checkpoint.shards import TensorFiles, TensorInfo
 from halfbyte.errors import CheckpointError, ModelError, first_line
 from halfbyte.model.blocks import Blocks, build_skeleton, find_blocks
@@ -47,7 +48,7 @@ def load_model_config(folder: Path) -> PretrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"Cannot read a model from {folder}: it has no config.json. "
+            f"Cannot read a model from {folder}: {describe_missing_config(folder)}. "
             "Give a Hugging Face model folder (config.json, tokenizer files, *.safetensors)."
         )
     try:

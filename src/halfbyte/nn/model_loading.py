@@ -82,7 +82,7 @@ def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinea
         CheckpointError: The files are not safetensors, no packed linear belongs to this model, or
             a tensor is missing or damaged.
     """
-    checkpoint = _open(files)
+    checkpoint = _open(files, getattr(model.config, "transformers_weights", None))
     names = _model_names(model, checkpoint)
     fused = find_fused_experts(model)
     inside = {name for name in fused if any(_is_inside(m, name) for m in names.values())}
@@ -174,13 +174,13 @@ def _is_small(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.nbytes <= SMALL_BYTES
 
 
-def _open(files: Sequence[Path]) -> Checkpoint:
+def _open(files: Sequence[Path], weights_file: str | None) -> Checkpoint:
     if not files:
         raise CheckpointError(
             "Cannot load a GPTQ checkpoint from a state dict: its packed linears are found in the "
             "headers of the files. Pass the folder to from_pretrained."
         )
-    checkpoint = open_checkpoint(files[0].parent)
+    checkpoint = open_checkpoint(files[0].parent, weights_file)
     expected = {file.name for file in checkpoint.files.files}
     found = {file.name for file in files}
     if expected != found:

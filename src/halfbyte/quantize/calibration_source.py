@@ -27,6 +27,9 @@ CHARACTERS_PER_TOKEN = 8
 EXTRA_TOKENS = 64
 """Tokens at the end of a truncated text that may depend on what follows it."""
 
+LONGEST_NAME = 255
+"""Characters of a file's name in a message; a longer one is a text in its place."""
+
 _KEYS = "'text', 'messages' or 'input_ids'"
 _INTEGER_DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
@@ -48,7 +51,7 @@ class CalibrationRow:
         return CalibrationRow(self.ids[:length], None if mask is None else mask[:length])
 
 
-def read_source(source: str | Path | Sequence[Any]) -> tuple[str, list[Any]]:
+def read_source(source: str | Path | Iterable[Any]) -> tuple[str, list[Any]]:
     """Read a calibration source into items.
 
     Args:
@@ -79,9 +82,10 @@ def read_source(source: str | Path | Sequence[Any]) -> tuple[str, list[Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise CalibrationError(
-            f"Cannot read calibration file {path}: {error}. Give a UTF-8 text file, or JSON lines "
-            f"with {_KEYS}."
+            f"Cannot read calibration file {str(path)[:LONGEST_NAME]}: {reason}. Give a UTF-8 text "
+            f"file, JSON lines with {_KEYS}, or, in Python, a list of texts."
         ) from error
     if not text.strip():
         raise CalibrationError(f"Calibration file {path} is empty. Use a text of several pages.")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.checkpoint.companions import find_companions
+from halfbyte.config_fields import check_config
 from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration_source import CalibrationSource
@@ -64,6 +65,9 @@ def quantize(
         JournalError: The unfinished run in the folder has other inputs or options.
         VerificationError: The saved checkpoint does not reproduce the run's results.
     """
+    check_config(config, QuantConfig)
+    check_config(calibration, CalibrationConfig)
+    check_config(resources, ResourceConfig)
     source, target = find_model(model, hub or HubOptions()), Path(output)
     check_output_outside_model(source, target)
     complete = check_output(target, resume=resume)

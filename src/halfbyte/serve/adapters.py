@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from halfbyte.checkpoint.labels import ADAPTER_CONFIG
 from halfbyte.errors import ConfigError, ServeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -116,11 +117,7 @@ class AdapterFolder:
     def _find(self, name: str) -> Path:
         path = (self._folder / name).resolve() if _NAME.fullmatch(name) else None
         # resolve() follows symbolic links: one that leads out of the folder is rejected too.
-        if (
-            path is None
-            or path.parent != self._folder
-            or not (path / "adapter_config.json").is_file()
-        ):
+        if path is None or path.parent != self._folder or not (path / ADAPTER_CONFIG).is_file():
             raise ServeError(
                 f"The adapters folder of this server has no adapter '{name[:80]}'.",
                 status=404,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.checkpoint.identity import name_folder
+from halfbyte.checkpoint.labels import describe_missing_config
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
 from halfbyte.errors import ConfigError, require_extra
 from halfbyte.serve.adapters import AdapterFolder
@@ -284,8 +285,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"Cannot serve '{folder}': it is not a model folder, it has no config.json. Give the "
-            "folder of a model."
+            f"Cannot serve '{folder}': {describe_missing_config(folder)}. Give the folder of a "
+            "model; --adapters FOLDER adds adapters."
         )
     try:
         return AutoTokenizer.from_pretrained(folder)
