@@ -59,7 +59,7 @@ fuzz: $(STAMP) ## read 10,000 damaged checkpoints; each must be refused or read 
 	$(BIN)/python -m tests.fuzz.fuzz_convert --mutations 10000
 
 interop: $(STAMP) ## test exchanging checkpoints with other tools, each in its own environment
-	$(BIN)/python -m bench.peers.environments gptqmodel vllm llamacpp guidellm ray
+	$(BIN)/python -m bench.peers.environments gptqmodel vllm llamacpp guidellm litellm ray
 	$(BIN)/python -m pytest -m interop $(PYTEST_ARGS)
 
 docs: $(STAMP) ## update the generated parts of docs/

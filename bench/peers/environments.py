@@ -16,8 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / ".interop"
+# Resolved, because environments contain their own path and several clones may link to one folder.
+FOLDER = (ROOT / ".interop").resolve()
 PROGRAMS = Path(__file__).parent
+
+LLAMACPP_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    # Not "native": some virtual machines report instructions that they do not support.
+    "-DGGML_NATIVE=OFF",
+    *(f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")),
+    *(f"-DLLAMA_BUILD_{name}=OFF" for name in ("TESTS", "TOOLS", "EXAMPLES", "COMMON")),
+)
+"""Options for CMake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +58,15 @@ class Peer:
 
     @property
     def recipe(self) -> str:
-        """Digest of the inputs of the environment."""
-        parts = [self.package, repr(self.also_known_as), self.pins.read_text(encoding="utf-8")]
+        """Digest of the inputs of the environment.
+
+        The folder is one: scripts name their interpreter and programs their libraries by absolute
+        paths, so that an environment that was moved does not run.
+        """
+        parts = [str(self.folder), self.package, repr(self.also_known_as)]
+        parts.append(self.pins.read_text(encoding="utf-8"))
         if self.builds is not None:
+            parts += LLAMACPP_OPTIONS
             parts.append((PROGRAMS / f"{self.builds}.cpp").read_text(encoding="utf-8"))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -61,7 +77,12 @@ class Peer:
 
     def is_installed(self) -> bool:
         """Whether the environment is complete and matches the current recipe."""
-        return self.stamp.is_file() and self.stamp.read_text(encoding="utf-8") == self.recipe
+        return (
+            # A link to the interpreter that created the environment, which may be gone.
+            self.python.exists()
+            and self.stamp.is_file()
+            and self.stamp.read_text(encoding="utf-8") == self.recipe
+        )
 
 
 PEERS = {
@@ -119,13 +140,9 @@ def _build_llamacpp(peer: Peer, program: str) -> None:
     shutil.unpack_archive(archive, place, filter="data")
     source = next(place.glob("*/llama.cpp"))
     build = place / "build"
-    # Not "native": some virtual machines report instructions that they do not support.
-    flags = [f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")]
-    parts = [f"-DLLAMA_BUILD_{name}=OFF" for name in ("TESTS", "TOOLS", "EXAMPLES", "COMMON")]
-    options = ["-DGGML_NATIVE=OFF", "-DCMAKE_BUILD_TYPE=Release", *flags, *parts]
     cmake = str(bin_folder / "cmake")
     _run([cmake, "-S", str(source), "-B", str(build), "-G", "Ninja",
-          f"-DCMAKE_MAKE_PROGRAM={bin_folder / 'ninja'}", *options])  # fmt: skip
+          f"-DCMAKE_MAKE_PROGRAM={bin_folder / 'ninja'}", *LLAMACPP_OPTIONS])  # fmt: skip
     _run([cmake, "--build", str(build), "--parallel", "2", "--target", "llama"])
     libraries = build / "bin"
     _run(["c++", "-O1", f"-I{source / 'include'}", f"-I{source / 'ggml' / 'include'}",
