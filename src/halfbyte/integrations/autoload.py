@@ -1,8 +1,7 @@
 """Register halfbyte's GPTQ loader with Transformers, now or when Transformers is imported.
 
 Importing Transformers takes seconds, so ``import halfbyte`` does not import it. Instead it installs
-an
-import hook that replaces the GPTQ entries when Transformers loads its table of quantizers.
+an import hook that replaces the GPTQ entries when Transformers loads its table of quantizers.
 
 ::
 
