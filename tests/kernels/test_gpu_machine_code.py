@@ -10,6 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.helpers.compiled import (
+    compile_add_norm,
+    compile_attend,
+    compile_kernel,
+    compile_product,
+    compile_route,
+)
 from tests.helpers.packed import make_linear
 
 from halfbyte.kernels import cuda_linear, cuda_stream
@@ -18,8 +25,8 @@ from halfbyte.kernels.cuda_config import define_macros
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
-from halfbyte.kernels.triton_configs import RULES, TritonConfig, next_power_of_two
-from halfbyte.kernels.triton_experts import MAX_TILE, count_row_blocks
+from halfbyte.kernels.triton_configs import RULES, TritonConfig
+from halfbyte.kernels.triton_experts import MAX_TILE
 
 triton = pytest.importorskip("triton")
 
@@ -51,10 +58,10 @@ def list_shipped() -> list[TritonConfig]:
     return list(dict.fromkeys(replace(config, splits=min(config.splits, 2)) for config in measured))
 
 
-def disassemble(cubin: bytes, folder: Path) -> list[str]:
+def disassemble(kernel: Any, folder: Path) -> list[str]:
     """The instructions in order, with the suffixes that say what they do."""
     path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
+    path.write_bytes(kernel if isinstance(kernel, bytes) else kernel.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     text = subprocess.run(
         [str(tool), "-c", str(path)], capture_output=True, text=True, check=True
@@ -168,7 +175,7 @@ def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("config", [TritonConfig(64, 16, 1, 4, 4), TritonConfig(128, 64, 1, 8, 4)])
 def test_triton_kernel(architecture, zeros, config, tmp_path):
-    found = disassemble(compile_triton(architecture, config, zeros=zeros), tmp_path)
+    found = disassemble(compile_product(architecture, config, HAS_ZEROS=zeros), tmp_path)
     product = "HGMMA" if architecture == "sm_90" else "HMMA"
     assert count(found, product) > 0
     assert any(name.startswith("LDGSTS") and "128" in name for name in found)
@@ -184,7 +191,7 @@ def test_triton_kernel(architecture, zeros, config, tmp_path):
 
 def test_triton_kernel_with_two_groups_in_a_step(tmp_path):
     config = TritonConfig(64, 16, 2, 4, 5)
-    found = disassemble(compile_triton("sm_90", config, zeros=False, group_size=32), tmp_path)
+    found = disassemble(compile_product("sm_90", config, HAS_ZEROS=False, GROUP_SIZE=32), tmp_path)
     assert count(found, "HGMMA") == 4
     assert count(found, "LDL", "STL", "I2F", "I2FP") == 0
 
@@ -194,8 +201,8 @@ def test_triton_kernel_with_two_groups_in_a_step(tmp_path):
 def test_triton_kernel_of_experts(architecture, rows, tmp_path):
     rule = RULES[rows]
     config = TritonConfig(rule.block_out, rule.block_rows, 2, rule.warps, rule.stages)
-    alone = disassemble(compile_triton(architecture, config, zeros=True), tmp_path)
-    found = disassemble(compile_triton(architecture, config, zeros=True, experts=True), tmp_path)
+    alone = disassemble(compile_product(architecture, config), tmp_path)
+    found = disassemble(compile_product(architecture, config, experts=True), tmp_path)
     # On sm_80 one register is kept in memory during the loop.
     steps = found if architecture == "sm_90" else find_loop(found)
     assert count(steps, "LDL", "STL") == 0, "registers are spilled"
@@ -212,20 +219,7 @@ def test_kernels_around_the_experts(architecture, tmp_path):
     from halfbyte.kernels import triton_expert_kernels as kernels
 
     for tokens, experts in ((1, 512), (16, 256), (MAX_TILE // 64, 64)):
-        sizes = {"PER_TOKEN": 8, "BLOCK_ROWS": 16, "TOKENS": tokens, "EXPERTS": experts}
-        found = disassemble(
-            compile_kernel(
-                kernels.route_kernel,
-                sizes | {"BLOCKS": next_power_of_two(count_row_blocks(8 * tokens, experts, 16))},
-                {"experts": "*i64"}
-                | dict.fromkeys(("block_experts", "block_counts", "sources", "places"), "*i32")
-                | dict.fromkeys(("tokens", "num_experts", "row_blocks"), "i32"),
-                architecture,
-                unaligned=("tokens", "num_experts", "row_blocks"),
-                num_warps=8,
-            ),
-            tmp_path,
-        )
+        found = disassemble(compile_route(architecture, tokens, experts), tmp_path)
         # The largest tiles barely fit; the kernel runs once per layer.
         assert count(found, "LDL", "STL") <= len(found) // 100, "registers are spilled"
     early = architecture == "sm_90"
@@ -250,8 +244,8 @@ def test_kernels_around_the_experts(architecture, tmp_path):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("config", list_shipped(), ids=str)
 def test_every_shipped_kernel_fits_the_gpu(config, bits, group_size, tmp_path):
-    cubin = compile_triton("sm_90", config, zeros=True, group_size=group_size, bits=bits)
-    found = disassemble(cubin, tmp_path)
+    compiled = compile_product("sm_90", config, GROUP_SIZE=group_size, BITS=bits)
+    found = disassemble(compiled, tmp_path)
     assert count(found, "HGMMA") > 0
     # Two groups in a step hold more at a time: the widest tile of four warps spills a little then.
     widest = config == TritonConfig(128, 64, 1, 4, 4) and group_size == 32
@@ -265,15 +259,7 @@ def test_kernels_of_a_decode_step(architecture, page, tmp_path):
 
     early = architecture == "sm_90"
     options = {"num_stages": 3} | ({"launch_pdl": True} if early else {})
-    norm = compile_kernel(
-        kernels.add_norm_kernel,
-        {"HAS_DELTA": True, "BLOCK": 4096, "EARLY": early},
-        dict.fromkeys(("x", "delta", "weight", "total", "result"), "*bf16")
-        | {"width": "i32", "epsilon": "fp32"},
-        architecture,
-        num_warps=8,
-        **options,
-    )
+    norm = compile_add_norm(architecture, **options)
     gate = compile_kernel(
         kernels.gate_kernel,
         {"BLOCK": 256, "EARLY": early},
@@ -282,133 +268,16 @@ def test_kernels_of_a_decode_step(architecture, page, tmp_path):
         num_warps=2,
         **options,
     )
-    attend = compile_kernel(
-        kernels.attend_kernel,
-        {
-            "q_norm": None,
-            "k_norm": None,
-            "HEADS": 32,
-            "KEY_HEADS": 8,
-            "WIDTH": 128,
-            "ROTARY": 128,
-            "HAS_NORMS": False,
-            "ROWS": 16,
-            "BLOCK": 32,
-            "BLOCK_WIDTH": 128,
-            "PAGE": page,
-            "SPLITS": 16,
-            "EARLY": early,
-        },
-        dict.fromkeys(("qkv", "cosines", "sines", "keys", "values", "result"), "*bf16")
-        | {"positions": "*i64", "tables": "*i32", "arrivals": "*i32"}
-        | {"sums": "*fp32", "sizes": "*fp32", "scale": "fp32", "epsilon": "fp32"}
-        | {"page_tokens": "i32", "table_pages": "i32"},
-        architecture,
-        unaligned=("page_tokens", "table_pages"),
-        num_warps=4,
-        **options,
-    )
-    for cubin in (norm, gate, attend):
-        found = disassemble(cubin, tmp_path)
+    attend = compile_attend(architecture, page=page, block=32, num_warps=4, **options)
+    for kernel in (norm, gate, attend):
+        found = disassemble(kernel, tmp_path)
         assert count(found, "LDL", "STL") == 0, "registers are spilled"
         if early:
             assert count(found, "ACQBULK", "PREEXIT") == 2, "no early start of the next launch"
-    for cubin in (norm, gate):
-        wide = [name for name in disassemble(cubin, tmp_path) if name.startswith("LDG")]
+    for kernel in (norm, gate):
+        wide = [name for name in disassemble(kernel, tmp_path) if name.startswith("LDG")]
         assert wide
         assert all("128" in name or "64" in name for name in wide)
     assert count(found, "HMMA") > 0
     # Keys and values are loaded while the previous ones are multiplied.
     assert any(name.startswith("LDGSTS") and "128" in name for name in found)
-
-
-def compile_triton(
-    architecture: str,
-    config: TritonConfig,
-    *,
-    zeros: bool,
-    group_size: int = 128,
-    bits: int = 4,
-    experts: bool = False,
-) -> bytes:
-    """Compile the product ahead of time."""
-    from halfbyte.kernels.triton_kernels import multiply_kernel
-
-    early = experts and architecture == "sm_90"
-    routed = ("addresses", "block_experts", "block_counts", "sources")
-    constants = {
-        "BITS": bits,
-        "GROUP_SIZE": group_size,
-        "HAS_ZEROS": zeros,
-        "HAS_ORDER": False,
-        "HAS_BIAS": False,
-        "HAS_EXPERTS": experts,
-        "HAS_SOURCES": experts,
-        "FAST": True,
-        "BLOCK_OUT": config.block_out,
-        "BLOCK_ROWS": config.block_rows,
-        "SPLITS": config.splits,
-        "STAGES": config.stages,
-        "EARLY": early,
-        "order": None,
-        "bias": None,
-    }
-    constants |= {} if zeros else {"zeros": None}
-    constants |= {} if experts else dict.fromkeys(routed)
-    constants |= {} if config.splits > 1 else {"workspace": None, "arrivals": None}
-    types = {
-        "x": "*bf16",
-        "codes": "*i32",
-        "zeros": "*u8",
-        "scales": "*fp16",
-        **(dict.fromkeys(routed, "*i32") | {"addresses": "*i64"} if experts else {}),
-        "result": "*bf16",
-        "workspace": "*fp32",
-        "arrivals": "*i32",
-        "rows": "i32",
-        "in_features": "i32",
-        "out_features": "i32",
-        "steps_each": "i32",
-    }
-    return compile_kernel(
-        multiply_kernel,
-        constants,
-        types,
-        architecture,
-        unaligned=("rows", "steps_each"),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **({"launch_pdl": True} if early else {}),
-    )
-
-
-def compile_kernel(
-    kernel: Any,
-    constants: dict[str, Any],
-    types: dict[str, str],
-    architecture: str,
-    *,
-    unaligned: tuple[str, ...] = (),
-    **options: Any,
-) -> bytes:
-    """Compile a Triton kernel ahead of time."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [
-        index
-        for index, name in enumerate(names)
-        if signature[name] not in ("constexpr", "fp32") and name not in unaligned
-    ]
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs=constants,
-        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
-    )
-    capability = int(architecture.removeprefix("sm_"))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin: bytes = compiled.asm["cubin"]
-    return cubin
