@@ -8,6 +8,7 @@ import json
 import math
 import time
 from contextlib import aclosing
+from dataclasses import replace
 
 import httpx2
 import openai
@@ -78,6 +79,21 @@ def test_answer_is_streamed_and_counted():
     }
     assert head.startswith("POST /v1/chat/completions ")
     assert "authorization" not in head.lower()
+
+
+@pytest.mark.parametrize(("isolates", "salt"), [(False, None), (True, "ann")])
+def test_only_vllm_is_told_the_keys_name_to_isolate_its_cache(isolates, salt):
+    async def run(address):
+        backend = UpstreamBackend.open([address])
+        backend.isolates_keys = isolates
+        async with aclosing(backend.stream(replace(make_call(), key="ann"))) as events:
+            [event async for event in events]
+        await backend.close()
+
+    with raw_server(FULL) as server:
+        asyncio.run(run(server.address))
+        sent = json.loads(server.seen[0][1])
+    assert sent.get("cache_salt") == salt
 
 
 def test_missing_usage_is_omitted():

@@ -71,6 +71,8 @@ class UpstreamBackend:
     limits: AnswerLimits = field(default_factory=AnswerLimits)
     """This server's limits on answers."""
     name: str = "upstream"
+    isolates_keys: bool = False
+    """Whether the hosts know vLLM's `cache_salt`: keys then do not share cached prefixes."""
     _turn: int = -1
     _closed: bool = False
     _client: httpx2.AsyncClient | None = None
@@ -213,6 +215,8 @@ class UpstreamBackend:
         body["model"] = self._find_model(host, body)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         body |= add_limit(call, self.limits)
+        if self.isolates_keys and call.key:
+            body["cache_salt"] = call.key
         reader = ChunkReader(call.kind, host.name, count_choices(call))
         request = self._open_client().stream(
             "POST", host.address + PATHS[call.kind], json=body, headers=self._headers()

@@ -101,6 +101,7 @@ class VllmBackend:
             model=model,
             limits=limits or AnswerLimits(),
             name="vllm",
+            isolates_keys=True,
         )
         self._lines: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self._process: asyncio.subprocess.Process | None = None

@@ -34,11 +34,11 @@ def test_last_token_is_never_taken_from_the_cache():
 
 def test_pages_are_shared_only_within_a_namespace_and_prefix():
     pool = PagePool(20, 4)
-    pool.release(compute(pool, TEXT[:12], 12, namespace="adapter"))
+    pool.release(compute(pool, TEXT[:12], 12, namespace=("adapter", "")))
     assert pool.reserve(TEXT[:12], 12).cached_tokens == 0
     # The same page of tokens after another one.
-    assert pool.reserve([1, 2, 3, 4, *TEXT[4:12]], 12, namespace="adapter").cached_tokens == 0
-    assert pool.reserve(TEXT[:12], 12, namespace="adapter").cached_tokens == 8
+    assert pool.reserve([1, 2, 3, 4, *TEXT[4:12]], 12, namespace=("adapter", "")).cached_tokens == 0
+    assert pool.reserve(TEXT[:12], 12, namespace=("adapter", "")).cached_tokens == 8
 
 
 def test_failed_reservation_takes_no_pages():
@@ -63,9 +63,9 @@ def test_eviction_is_lru_and_from_the_end_of_prefixes():
 def test_forget_invalidates_the_cache_and_loses_no_page():
     pool = PagePool(6, 4)
     pool.release(compute(pool, TEXT[:12], 12))
-    pool.release(compute(pool, TEXT[:12], 12, namespace="a"))
+    pool.release(compute(pool, TEXT[:12], 12, namespace=("a", "key")))
     pool.forget("a")
-    assert pool.reserve(TEXT[:12], 4, namespace="a").cached_tokens == 0
+    assert pool.reserve(TEXT[:12], 4, namespace=("a", "key")).cached_tokens == 0
     pool.forget()
     assert pool.reserve(TEXT[:12], 12).cached_tokens == 0
     assert pool.reserve([], 8) is not None

@@ -132,6 +132,17 @@ def test_only_a_request_whose_prefix_is_being_computed_lets_others_pass():
     assert same.reservation.cached_tokens == 20
 
 
+def test_a_prefix_is_shared_only_among_requests_of_one_key():
+    scheduler = make(share=True)
+    found = {}
+    for number, key in enumerate(("ann", "bob", "ann")):
+        job = add(scheduler, key, prompt=12)
+        while not scheduler.is_idle:
+            run_step(scheduler)
+        found[number, key] = job.cached_tokens
+    assert found == {(0, "ann"): 0, (1, "bob"): 0, (2, "ann"): 8}
+
+
 def test_only_the_newest_token_has_logits_unless_the_prompt_is_scored():
     scheduler = make(max_batched_tokens=10)
     add(scheduler, prompt=12)

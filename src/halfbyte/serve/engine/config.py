@@ -62,7 +62,9 @@ class EngineConfig:
         metavar="SECONDS",
     )
     share_prefixes: bool = option(
-        True, "cache the keys and values of prompt prefixes and reuse them", both=True
+        True,
+        "cache the keys and values of prompt prefixes and reuse them for the same API key",
+        both=True,
     )
     page_tokens: int = 16
     """Tokens per page of the KV cache."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.serve.engine.contract import ScoredToken, TokenEvent, TokenRequest
-from halfbyte.serve.engine.page_pool import Reservation
+from halfbyte.serve.engine.page_pool import Namespace, Reservation
 from halfbyte.serve.engine.runner import Piece
 from halfbyte.serve.engine.sampler import Sampler
 
@@ -59,6 +59,11 @@ class Job:
     def scores_prompt(self) -> bool:
         """Whether the prompt's tokens still have to be scored."""
         return self.request.prompt_logprobs is not None and not self.is_prefilled
+
+    @property
+    def namespace(self) -> Namespace:
+        """Where its pages may be shared."""
+        return self.request.adapter or "", self.request.key
 
     @property
     def can_share(self) -> bool:

@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 
 Key = tuple[int, tuple[int, ...]]
 """Node of the preceding page in the prefix tree, and the page's tokens."""
+Namespace = tuple[str, str]
+"""Name of an adapter and of an API key, or empty. Pages are shared only within a namespace: usage
+tells how much was found in the cache, by which one client could guess another's prompts."""
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ class PagePool:
     _keys: dict[int, Key] = field(default_factory=dict)
     _nodes: dict[int, int] = field(default_factory=dict)
     """Page -> its node. Node numbers are never reused, so evicted prefixes cannot be found."""
-    _roots: dict[str, int] = field(default_factory=dict)
+    _roots: dict[Namespace, int] = field(default_factory=dict)
     _last_node: int = 0
 
     def __post_init__(self) -> None:
@@ -72,14 +75,19 @@ class PagePool:
         return -(-tokens // self.page_tokens)
 
     def reserve(
-        self, tokens: Sequence[int], max_tokens: int, *, namespace: str = "", share: bool = True
+        self,
+        tokens: Sequence[int],
+        max_tokens: int,
+        *,
+        namespace: Namespace = ("", ""),
+        share: bool = True,
     ) -> Reservation | None:
         """Reserve all pages of a request.
 
         Args:
             tokens: The request's current tokens, whose prefix is looked up.
             max_tokens: Max tokens of the request.
-            namespace: Pages are shared only within a namespace, which is the adapter's name.
+            namespace: Of its pages.
             share: Whether to look up the prefix.
 
         Returns:
@@ -158,15 +166,16 @@ class PagePool:
                 self._free.append(page)
         reservation.pages = []
 
-    def forget(self, namespace: str | None = None) -> None:
+    def forget(self, adapter: str | None = None) -> None:
         """Invalidate the prefix cache.
 
         Args:
-            namespace: Invalidates only this namespace; None for all.
+            adapter: Invalidates only the namespaces of this adapter; None for all.
         """
-        if namespace is not None:
-            # It gets a new root, from which the old pages cannot be reached.
-            self._roots.pop(namespace, None)
+        if adapter is not None:
+            # They get new roots, from which the old pages cannot be reached.
+            for namespace in [found for found in self._roots if found[0] == adapter]:
+                del self._roots[namespace]
             return
         self._roots.clear()
         self._cached.clear()
@@ -185,7 +194,7 @@ class PagePool:
         self._num_users[page] = 1
         return page
 
-    def _get_root(self, namespace: str) -> int:
+    def _get_root(self, namespace: Namespace) -> int:
         if namespace not in self._roots:
             self._roots[namespace] = self._make_node()
         return self._roots[namespace]

@@ -118,7 +118,7 @@ class Scheduler:
             if job is None:
                 return
             reservation = self.pool.reserve(
-                job.tokens, job.max_tokens, namespace=job.request.adapter or "", share=job.can_share
+                job.tokens, job.max_tokens, namespace=job.namespace, share=job.can_share
             )
             if reservation is None:
                 return
@@ -183,7 +183,7 @@ class Scheduler:
         return (
             end <= len(other.request.prompt)
             and end < len(job.tokens)
-            and other.request.adapter == job.request.adapter
+            and other.namespace == job.namespace
             and other.tokens[:end] == job.tokens[:end]
         )
 
