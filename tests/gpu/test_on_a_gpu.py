@@ -98,6 +98,26 @@ def test_recorded_steps_write_what_transformers_writes(tmp_path, config):
     assert drawn != found
 
 
+def test_a_mixture_of_experts_is_not_recorded(tmp_path):
+    from tests.helpers.families import write_family
+
+    write_family(tmp_path / "base", "mixtral", num_hidden_layers=1)
+    config = QuantConfig(group_size=32)
+    calibration = CalibrationConfig(samples=4, length=32)
+    halfbyte.quantize(
+        tmp_path / "base",
+        tmp_path / "out",
+        config=config,
+        calibration=calibration,
+        text=token_lists(4, 32),
+        quality=False,
+    )
+    generator = Generator(halfbyte.load(tmp_path / "out", device="cuda"))
+    generator.ends = frozenset()
+    assert len(list(generator.stream(PROMPT, Sampling(max_new_tokens=8)))) == 8
+    assert "the CPU waits for results of the GPU" in generator.describe_decoding()
+
+
 @pytest.mark.parametrize("kernel", ["cuda", "triton"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_thread_computes_on_the_gpu_of_its_tensors(tmp_path, monkeypatch, index, kernel):

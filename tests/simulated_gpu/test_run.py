@@ -7,12 +7,14 @@ import asyncio
 import pytest
 import torch
 from tests.helpers.checkpoints import Recipe, read_tensors, tiny_llama_config, write_checkpoint
-from tests.helpers.families import token_lists, write_decided_family
+from tests.helpers.families import build_family, token_lists, write_decided_family
+from tests.helpers.runs import quantize
 from tests.serve import helpers_engine
 
 import halfbyte
 from halfbyte.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 from halfbyte.integrations.generation import Generator, Sampling
+from halfbyte.quant_config import QuantConfig
 
 pytestmark = pytest.mark.simulated_gpu
 
@@ -56,6 +58,23 @@ def test_checkpoint_is_run_and_saved(tmp_path, recipe):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "opt"])
+def test_steps_that_wait_for_the_gpu_are_not_captured(tmp_path, family, quantized):
+    model = build_family(family, num_hidden_layers=1)
+    if quantized:
+        model.save_pretrained(tmp_path / "base")
+        quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32))
+    way = assert_same_on_both(
+        lambda device: (
+            halfbyte.load(tmp_path / "out", device=device, dtype=torch.float32)
+            if quantized
+            else model.to(device)
+        )
+    )
+    assert way.endswith("(no CUDA graph: the CPU waits for results of the GPU within a step)")
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

@@ -104,7 +104,7 @@ class Generator:
         self.obstacle = find_obstacle(model) if native else "not requested"
         """Why the compiled decoder is not used; None if it is."""
         self.graph_obstacle = graph_steps.find_obstacle(model) if native else "not requested"
-        """Why CUDA graphs are not used; None if they are."""
+        """Why CUDA graphs are not used; None if they are. The first prompt may find a reason."""
         self._graph_steps: GraphSteps | None = None
         self.head: NativeHead | None = None
         if self.obstacle is None:
@@ -190,7 +190,11 @@ class Generator:
         ids = torch.tensor([list(prompt)], device=device)
         if self.graph_obstacle is None:
             steps = self._find_graph_steps(capacity)
-            return steps.prefill(ids), steps
+            logits = steps.prefill(ids)
+            self.graph_obstacle = steps.obstacle
+            if self.graph_obstacle is None:
+                return logits, steps
+            self._graph_steps = None
         # Only the last position: the logits of a whole long prompt would take gigabytes.
         output = self.model(ids, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1].float(), _ForwardSteps(self.model, cache_of(output))

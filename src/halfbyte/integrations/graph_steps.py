@@ -24,7 +24,7 @@ from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.nn.decoder_parts import find_drift, make_probe_tokens
-from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
+from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, find_wait, record
 
 PROBE_TOKENS = 8
 """Tokens of the probe prompt on which a step is compared with the model's forward."""
@@ -45,6 +45,8 @@ class GraphSteps:
         self.length = 0
         self.fallback_reason = "requested" if own_forward else find_mismatch(model)
         """Why steps fall back to the model's forward; None if they do not."""
+        self.obstacle: str | None = None
+        """Why a GPU's steps are not captured, known after the first prompt; None if they are."""
         self._model = model
         self._cache = StaticCache(
             config=model.config.get_text_config(decoder=True),
@@ -206,7 +208,13 @@ class GraphSteps:
             self._step = None
 
     def _record(self) -> None:
-        self._graph, self._logits = record(self._run_on, self._inputs.device, self._reset)
+        """Capture a step, unless it waits for the GPU: a capture in progress would be lost."""
+        self._run_on()  # compiles what is left to compile
+        self._reset()
+        self.obstacle = find_wait(self._run_on)
+        self._reset()
+        if self.obstacle is None:
+            self._graph, self._logits = record(self._run_on, self._inputs.device, self._reset)
 
     def _run_on(self) -> Tensor:
         """Run the current token, and set the most likely next one and its position as current."""

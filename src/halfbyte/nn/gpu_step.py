@@ -144,6 +144,31 @@ def record(
     return graph, result
 
 
+def find_wait(compute: Callable[[], object]) -> str | None:
+    """Run a computation once, to find whether the CPU waits for the GPU in it.
+
+    Args:
+        compute: Without anything left to compile, which may wait too.
+
+    Returns:
+        Why it cannot be captured as a CUDA graph; None if nothing in it waits.
+
+    Raises:
+        RuntimeError: Something else fails in it.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compute()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return "the CPU waits for results of the GPU within a step"
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return None
+
+
 def multiply_together(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Return the concatenated products of linears that share an input.
 
