@@ -12,8 +12,11 @@ from tests.helpers.families import token_lists
 from tests.helpers.runs import quantize
 from tests.helpers.tiny_llama import build_model, build_tokenizer
 
+import halfbyte
 from halfbyte.finetune.config import AdapterConfig, TrainConfig
+from halfbyte.finetune.exact_merge import merge_exactly
 from halfbyte.finetune.merge import merge
+from halfbyte.finetune.progress import SilentTrainProgress
 from halfbyte.finetune.repair import repair
 from halfbyte.finetune.requantize import merge_and_quantize
 from halfbyte.finetune.train import finetune
@@ -72,6 +75,48 @@ def test_trained_adapter(base, data, tmp_path, variant, settings):
             config=TrainConfig(**shared, validation=0.2, evaluate_every=1, device=device),
         ),
     )
+
+
+def test_resumed_training(base, data, tmp_path):
+    class Killed(SilentTrainProgress):
+        def stepped(self, step, loss):
+            if step == 2:
+                raise KeyboardInterrupt
+
+    settings = {"max_steps": 3, "batch_size": 4, "length": 32, "dtype": "float32"}
+    settings |= {"validation": 0.2, "evaluate_every": 1}
+
+    def train(output, device, **keywords):
+        adapter, config = AdapterConfig(rank=4, dropout=0.0), TrainConfig(**settings, device=device)
+        return finetune(base, output, data=data, adapter=adapter, config=config, **keywords)
+
+    def train_twice(output, device):
+        if device == "cuda":
+            with pytest.raises(KeyboardInterrupt):
+                train(output, device, progress=Killed())
+        train(output, device, resume=True)
+
+    assert_same_on_both(tmp_path, train_twice)
+
+
+def test_exactly_merged_adapter(base, data, tmp_path):
+    adapter = AdapterConfig(rank=4, dropout=0.0, variant="qalora")
+    config = TrainConfig(
+        max_steps=1, batch_size=4, length=32, learning_rate=0.02, dtype="float32", device="cuda"
+    )
+    finetune(base, tmp_path / "adapter", data=data, adapter=adapter, config=config)
+    assert_same_on_both(
+        tmp_path,
+        lambda output, device: merge_exactly(
+            base, tmp_path / "adapter", output, data=data, device=device
+        ),
+    )
+    ids = torch.arange(4, 40)[None]
+    logits = [
+        halfbyte.load(tmp_path / "cpu", device=device, dtype=torch.float32)(ids.to(device)).logits
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(logits[0], logits[1].cpu())
 
 
 def test_repairing_adapter(tmp_path):
