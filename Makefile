@@ -10,12 +10,14 @@ STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
 # Number of test processes; each takes a core and about 1.5 GB. JOBS=0: run everything in one process.
 JOBS ?= 2
-DEFAULT_TESTS := not slow and not gpu and not interop
-# Tests marked "alone" have time limits for several servers and run afterwards, one at a time. Exit code 5
-# of pytest means that PYTEST_ARGS selects none of them.
+DEFAULT_TESTS := not slow and not gpu and not interop and not simulated_gpu
+# Tests marked "alone" have time limits for several servers and run afterwards, one at a time; those on a
+# simulated GPU change torch and have a process of their own. Exit code 5 of pytest means that PYTEST_ARGS
+# selects none of them.
 define run_tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "$(DEFAULT_TESTS) and not alone" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m "$(DEFAULT_TESTS) and alone" $(or $(PYTEST_ARGS),tests/serve) || test $$? = 5
+	$(BIN)/python -m pytest -m simulated_gpu $(or $(PYTEST_ARGS),tests/simulated_gpu) || test $$? = 5
 endef
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1

@@ -126,6 +126,16 @@ def test_experts_run_together(tmp_path, recipe):
     assert first == second
 
 
+def test_a_step_that_waits_is_not_recorded(tmp_path):
+    from tests.helpers.families import write_family
+
+    write_family(tmp_path, "opt", num_hidden_layers=1)
+    generator = Generator(halfbyte.load(tmp_path, device="cuda"))
+    generator.ends = frozenset()
+    assert len(list(generator.stream(PROMPT, Sampling(max_new_tokens=8)))) == 8
+    assert "the CPU waits for results of the GPU" in generator.describe_decoding()
+
+
 @pytest.mark.parametrize("kernel", ["cuda", "triton"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_thread_computes_on_the_gpu_of_its_tensors(tmp_path, monkeypatch, index, kernel):

@@ -134,7 +134,7 @@ def test_a_step_that_waits_is_not_recorded(recording):
         if modes[-1] == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
 
-    with pytest.raises(gpu_step.NotCapturable, match="waits for the GPU"):
+    with pytest.raises(gpu_step.NotCapturable, match="waits for results of the GPU"):
         gpu_step.record(compute, torch.device("cuda", 1))
     assert modes[-1] == 0
 

@@ -105,7 +105,7 @@ class Generator:
         self.obstacle = find_obstacle(model) if native else "not requested"
         """Why the compiled decoder is not used; None if it is."""
         self.graph_obstacle = graph_steps.find_obstacle(model) if native else "not requested"
-        """Why CUDA graphs are not used; None if they are."""
+        """Why CUDA graphs are not used; None if they are. The first prompt may find a reason."""
         self._graph_steps: GraphSteps | None = None
         self.head: NativeHead | None = None
         if self.obstacle is None:

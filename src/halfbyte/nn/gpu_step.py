@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.errors import ModelError, first_line
+from halfbyte.errors import ModelError
 from halfbyte.kernels.triton_decode import AttentionShape, add_norm, attend, gate
 from halfbyte.kernels.triton_linear import DEVICES, find_triton_obstacle
 from halfbyte.model.experts import UnfusedExperts
@@ -170,7 +170,7 @@ def _forbid_waiting() -> Iterator[None]:
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise
-        raise NotCapturable(f"its forward waits for the GPU ({first_line(error)})") from error
+        raise NotCapturable("the CPU waits for results of the GPU within a step") from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
