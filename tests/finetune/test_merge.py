@@ -7,7 +7,9 @@ import peft
 import pytest
 import torch
 from tests.helpers.adapters import load, write_adapter
-from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.checkpoints import Recipe, build_model, tiny_llama_config, write_checkpoint
+from transformers import GPT2Config
+from transformers.pytorch_utils import Conv1D
 
 import halfbyte
 from halfbyte.errors import ConfigError, VerificationError
@@ -18,6 +20,7 @@ from halfbyte.finetune.merge_check import MergeReport, TaskScore, log_probs, mea
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
+GPT2 = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
 IDS = torch.randint(4, 60, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -45,6 +48,47 @@ def test_merged_weights_are_base_plus_adapter_rounded_once(base, tmp_path, varia
         # One rounding to 8 bits, after float32 sums.
         error = (found.weight.double() - weight).abs()
         assert (error <= 2**-8 * weight.abs() + 1e-6).all()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("quantized", [True, False])
+def test_written_gpt2_has_its_weights_in_the_order_of_its_class(quantized, tmp_path):
+    base = tmp_path / "base"
+    if quantized:
+        write_checkpoint(base, GPT2, Recipe(dtype=torch.bfloat16))
+    else:
+        build_model(GPT2).bfloat16().save_pretrained(base)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj"])
+    merge(base, adapter, tmp_path / "out", device="cpu")
+    expected = peft.PeftModel.from_pretrained(load(base, torch.float32), adapter)
+    found = load(tmp_path / "out", torch.float32)
+    assert type(found.transformer.h[0].mlp.c_fc) is Conv1D
+    want, have, without = (
+        model(IDS).logits.log_softmax(-1) for model in (expected, found, load(base, torch.float32))
+    )
+    assert (have - want).norm() < 0.02 * (without - want).norm()
+
+
+def test_merge_that_loads_as_something_else_is_refused(base, tmp_path, monkeypatch):
+    adapter = write_adapter(base, tmp_path / "adapter")
+
+    def merge_and_save_wrongly(adapted, dtype):
+        merged = merge_layers(adapted, dtype)
+        save = merged.save_pretrained
+
+        def save_wrongly(folder):
+            merged.lm_head.weight.data.mul_(-50)
+            save(folder)
+
+        merged.save_pretrained = save_wrongly
+        return merged
+
+    monkeypatch.setattr(merging, "merge_layers", merge_and_save_wrongly)
+    with pytest.raises(
+        VerificationError, match=r"out does not compute what .*: loaded again, it is \d.* allowed"
+    ):
+        merge(base, adapter, tmp_path / "out", device="cpu")
 
 
 @torch.no_grad()

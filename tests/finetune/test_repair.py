@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from tests.helpers.checkpoints import build_model, tiny_llama_config
-from tests.helpers.families import token_lists
+from tests.helpers.families import token_lists, write_decided_family
 from tests.helpers.runs import quantize
 from transformers import AutoModelForCausalLM
 
@@ -122,6 +122,19 @@ def test_repaired_model_is_nearer_to_the_original(folders, tmp_path, monkeypatch
     monkeypatch.setattr(repairing, "MOMENT_BYTES", 4 * 64 * 64 * 3)
     again = repair(base, original, tmp_path / "b", rank=8, text=TEXT, calibration=CALIBRATION)
     assert again.kept_error == pytest.approx(report.kept_error, rel=1e-6)
+
+
+@torch.no_grad()
+def test_gpt2_whose_weights_are_transposed_is_repaired(tmp_path):
+    write_decided_family(tmp_path / "original", "gpt2", n_layer=1)
+    quantize(tmp_path / "original", tmp_path / "base", QuantConfig(bits=2, group_size=32))
+    folders = (tmp_path / "base", tmp_path / "original")
+    repair(*folders, tmp_path / "a", rank=16, text=TEXT, calibration=CALIBRATION)
+    ids = torch.tensor(token_lists(4, 32, seed=7))
+    plain, exact = (load(folder) for folder in folders)
+    before = (plain(ids).logits - exact(ids).logits).norm()
+    repaired = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    assert (repaired(ids).logits - exact(ids).logits).norm() < 0.9 * before
 
 
 def test_unrelated_models_are_refused(folders, tmp_path):

@@ -12,6 +12,7 @@ from halfbyte.checkpoint.dialect import ZeroDialect
 from halfbyte.checkpoint.layout import LinearLayout
 from halfbyte.checkpoint.read import LinearInfo
 from halfbyte.errors import CheckpointError
+from halfbyte.model.blocks import linear_weight
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import (
     StoredLinear,
@@ -104,9 +105,10 @@ def test_missing_bias_is_refused():
         )
 
 
-def test_dequantize_gives_ordinary_linears_with_the_same_weights():
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_dequantize_gives_ordinary_linears_with_the_same_weights(kind):
     linear = make_linear(act_order=True)
-    model = Model(nn.Linear(128, 64))
+    model = Model(nn.Linear(128, 64) if kind == "Linear" else Conv1D(64, 128))
     replace_linears(
         model,
         {"block.proj": replace(with_layout(), dtypes=STORED.dtypes | {"scales": torch.float16})},
@@ -125,6 +127,6 @@ def test_dequantize_gives_ordinary_linears_with_the_same_weights():
     )
     assert dequantize_linears(model, torch.float32) == ["block.proj"]
     dense = model.block["proj"]
-    assert type(dense) is nn.Linear
-    assert torch.equal(dense.weight, linear.weight.float())
+    assert type(dense) is (nn.Linear if kind == "Linear" else Conv1D)
+    assert torch.equal(linear_weight(dense), linear.weight.float())
     assert torch.equal(dense.bias, torch.ones(64))

@@ -4,7 +4,8 @@
 
     base (dequantized, or its 16-bit original) + adapter ──float32, layer by layer──> 16-bit folder
 
-Every merge is compared with base plus adapter before it is written, so an adapter cannot get lost.
+Every merge is compared with base plus adapter before it is written, so an adapter cannot get lost,
+and loaded again and compared afterwards.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.new_folder import check_new_folder
@@ -23,9 +25,11 @@ from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import check_adapter, require_peft
 from halfbyte.finetune.merge_check import MergeReport, adapt
 from halfbyte.finetune.third_party_output import quiet_libraries
+from halfbyte.machine.memory import release_memory
+from halfbyte.model.blocks import linear_weight
 from halfbyte.model.weights import load_model_config
 from halfbyte.nn.linear import QuantLinear
-from halfbyte.nn.replace import quantized_linears
+from halfbyte.nn.replace import quantized_linears, restore_conv1d
 from halfbyte.quantize.source import find_model
 
 LOST_SHARE = 0.1
@@ -84,7 +88,8 @@ def merge(
     adapted, expected = adapt(subject, adapter, data)
     merged = merge_layers(adapted, dtype)
     kl = expected.kl_of(merged)
-    if not kl <= max(ROUNDING_KL, LOST_SHARE * expected.kl_without):
+    allowed = max(ROUNDING_KL, LOST_SHARE * expected.kl_without)
+    if not kl <= allowed:
         raise VerificationError(
             f"Merging {adapter} into {folder} lost it: the merged model is {kl:.4f} nats per token "
             f"from base plus adapter, the base alone {expected.kl_without:.4f}. Serve the adapter "
@@ -94,6 +99,15 @@ def merge(
     target.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, target)
     merged.save_pretrained(target)
+    del subject, adapted, merged
+    release_memory()
+    kl = expected.kl_of(open_subject(target, dtype=dtype, device=device).model)
+    if not kl <= allowed:
+        raise VerificationError(
+            f"{target} does not compute what {folder} with {adapter} does: loaded again, it is "
+            f"{kl:.4f} nats per token from it, allowed is {allowed:.4f}. Do not use it; serve the "
+            "adapter unmerged, and report this bug."
+        )
     return report
 
 
@@ -112,11 +126,15 @@ def merge_layers(adapted: Any, dtype: torch.dtype) -> Any:
 
     inner = adapted.get_base_model()
     _untie(inner)
-    for module in list(adapted.modules()):
+    transposed = []
+    for name, module in list(inner.named_modules()):
         if not isinstance(module, LoraLinear):
             continue
         base = module.get_base_layer()
+        if isinstance(base, Conv1D) or getattr(base, "replaces_conv1d", False):
+            transposed.append(name)
         module.base_layer = _as_dense(base)
+        module.fan_in_fan_out = False
         module.to(torch.float32)
         _merge_layer(module)
         dense = module.base_layer
@@ -129,7 +147,10 @@ def merge_layers(adapted: Any, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         # PEFT only has to remove its layers; it warns that all are merged already.
         warnings.filterwarnings("ignore", "All adapters are already merged")
-        return adapted.merge_and_unload(safe_merge=True)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    for name in transposed:
+        restore_conv1d(merged, name)
+    return merged
 
 
 def _untie(model: Any) -> None:
@@ -168,7 +189,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def _as_dense(base: nn.Module) -> nn.Linear:
     """Return a linear with the same weight in float32."""
-    if not isinstance(base, nn.Linear):
+    if not isinstance(base, nn.Linear | Conv1D):
         raise ModelError(
             f"Cannot merge an adapter on a {type(base).__name__}: only linears can be merged. "
             "Serve the adapter unmerged."
@@ -176,8 +197,8 @@ def _as_dense(base: nn.Module) -> nn.Linear:
     if isinstance(base, QuantLinear):
         weight = base.dequantize(torch.float32)
     else:
-        weight = base.weight.data.float()
-    dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        weight = linear_weight(base).float()
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     dense.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if base.bias is not None:
         dense.bias = nn.Parameter(base.bias.data.float(), requires_grad=False)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.errors import ModelError
@@ -33,6 +34,7 @@ from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.merge import stored_dtype
 from halfbyte.finetune.third_party_output import quiet_libraries
 from halfbyte.machine.devices import resolve_device
+from halfbyte.model.blocks import linear_weight
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears
 from halfbyte.quant_config import CalibrationConfig
@@ -121,7 +123,7 @@ def repair(
         moments = measure_moments(dense.model, names, tokens.batches(4))
         for name in names:
             packed, exact = pairs[name]
-            error = exact.weight.detach().float() - packed.dequantize(torch.float32)
+            error = linear_weight(exact).float() - packed.dequantize(torch.float32)
             factors[name] = approximate(error, moments[name], rank)
             kept[name] = _remaining_error(error, factors[name], moments[name])
     _write(quantized.model, adapter, factors, target)
@@ -206,23 +208,24 @@ def measure_moments(
 
 def _pair_linears(
     quantized: nn.Module, dense: nn.Module, folder: Path, source: Path
-) -> dict[str, tuple[QuantLinear, nn.Linear]]:
+) -> dict[str, tuple[QuantLinear, nn.Module]]:
     """Return each packed linear with its original, by name."""
     modules = dict(dense.named_modules())
     pairs = {}
     for name, packed in quantized_linears(quantized):
         other = modules.get(name)
-        if not isinstance(other, nn.Linear) or other.weight.shape != packed.weight.shape:
+        if isinstance(other, QuantLinear):
+            raise ModelError(
+                f"Cannot repair {folder} with {source}: the second is quantized too. Use the "
+                "16-bit model."
+            )
+        is_linear = isinstance(other, nn.Linear | Conv1D)
+        if other is None or not is_linear or linear_weight(other).shape != packed.weight.shape:
             raise ModelError(
                 f"Cannot repair {folder} with {source}: {name} is "
                 f"{packed.in_features} -> {packed.out_features} in the first, and in the second "
                 f"{'not a linear' if other is None else str(other)}. Use the model that it was "
                 "quantized from."
-            )
-        if isinstance(other, QuantLinear):
-            raise ModelError(
-                f"Cannot repair {folder} with {source}: the second is quantized too. Use the "
-                "16-bit model."
             )
         pairs[name] = (packed, other)
     if not pairs:
@@ -230,7 +233,7 @@ def _pair_linears(
     return pairs
 
 
-def _split_by_memory(pairs: Mapping[str, tuple[QuantLinear, nn.Linear]]) -> list[list[str]]:
+def _split_by_memory(pairs: Mapping[str, tuple[QuantLinear, nn.Module]]) -> list[list[str]]:
     """Split the linears, in order, so that the moments of each part fit into ``MOMENT_BYTES``."""
     parts: list[list[str]] = [[]]
     held = 0

@@ -63,6 +63,8 @@ class QuantLinear(nn.Linear):
         self.weight_names: tuple[str, ...] = STORED
         self.fusion: Fusion | None = None
         """The group of linears that this one is fused with, if any (fusion.py)."""
+        self.replaces_conv1d = False
+        """Whether the model's class has a Conv1D here, whose dense weight is [in, out]."""
         words = (spec.in_features * spec.bits // 32, spec.out_features)
         zero_words = (spec.num_groups, spec.out_features * spec.bits // 32)
         optional = {

@@ -3,7 +3,7 @@
 ::
 
     model (often on the meta device) + StoredLinear by module name -> QuantLinear in place
-    model with QuantLinears -> ordinary nn.Linear with the dequantized weights
+    model with QuantLinears -> nn.Linear or Conv1D with the dequantized weights
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ def replace_linears(
         _check_fits(name, old, linear)
         device = old.get_parameter("weight").device
         new = QuantLinear(linear.make_spec(dtype, device.type), linear.dtypes, device)
+        new.replaces_conv1d = isinstance(old, Conv1D)
         new.train(old.training)
-        parent, _, child = name.rpartition(".")
-        model.get_submodule(parent).register_module(child, new)
+        _set_module(model, name, new)
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -101,10 +101,33 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.to(dtype))
         new.train(old.training)
-        parent, _, child = name.rpartition(".")
-        model.get_submodule(parent).register_module(child, new)
+        _set_module(model, name, new)
+        if old.replaces_conv1d:
+            restore_conv1d(model, name)
         names.append(name)
     return names
+
+
+def restore_conv1d(model: nn.Module, name: str) -> None:
+    """Replace a linear by the Conv1D that the model's class has there, which files store [in, out].
+
+    Args:
+        model: Changed in place.
+        name: The linear, with a bias, as every Conv1D.
+    """
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    with torch.device("meta"):
+        conv1d = Conv1D(linear.out_features, linear.in_features)
+    conv1d.weight = nn.Parameter(linear.weight.data.t().contiguous(), linear.weight.requires_grad)
+    conv1d.bias = linear.bias
+    conv1d.train(linear.training)
+    _set_module(model, name, conv1d)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent).register_module(child, module)
 
 
 def _check_fits(name: str, module: nn.Module, linear: StoredLinear) -> None:
