@@ -179,3 +179,20 @@ def test_buffered_text_is_flushed_at_the_end(folder, capsys, monkeypatch, verb):
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
     assert "it has no config.json. Give a model folder" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
+    write_checkpoint(tmp_path, tiny_llama_config(num_hidden_layers=1))
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "it has no tokenizer. Copy the tokenizer files" in capsys.readouterr().err
+
+
+def test_a_model_that_needs_another_package_is_refused_with_its_name(tmp_path, capsys):
+    write_checkpoint(tmp_path, tiny_llama_config(num_hidden_layers=1))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 1
+    assert (
+        "through Transformers: Loading an AWQ quantized model requires" in capsys.readouterr().err
+    )

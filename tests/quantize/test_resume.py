@@ -15,10 +15,10 @@ from tests.helpers.families import token_lists, write_family
 from tests.helpers.processes import CONTEXT
 
 import halfbyte
-from halfbyte.errors import ConfigError, JournalError
+from halfbyte.errors import CheckpointError, ConfigError, JournalError
 from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
+from halfbyte.quantize import finish, run_states
 from halfbyte.quantize import run as running
-from halfbyte.quantize import run_states
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.resources import RunPlan
 
@@ -193,6 +193,23 @@ def test_unfinished_run_is_not_overwritten_without_resume(unfinished: tuple[Path
     base, output = unfinished
     with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
         quantize(base, output)
+
+
+def test_full_disk_at_the_end_keeps_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise CheckpointError("Cannot write the last shard: No space left on device.")
+
+    base, output = tmp_path / "base", tmp_path / "out"
+    write_family(base, "llama", num_hidden_layers=2)
+    with monkeypatch.context() as full:
+        full.setattr(finish, "write_shard", fill)
+        with pytest.raises(
+            CheckpointError, match=r"device\. Finished blocks are kept for --resume"
+        ):
+            quantize(base, output)
+    assert len(quantize(base, output, resume=True).modules) == 14
 
 
 @pytest.mark.parametrize(

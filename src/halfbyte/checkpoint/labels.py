@@ -252,7 +252,8 @@ def _check_method(source: str, raw: Mapping[str, Any], labels: Mapping[str, Any]
     if found not in METHODS:
         raise CheckpointError(
             f"Cannot read the checkpoint: the quantization method in {source} is '{found}'; only "
-            "'gptq' is supported. Use the tool that made it, or quantize the base model again."
+            "'gptq' is supported. Convert it (halfbyte convert FOLDER --to gptq -o OUT), use the "
+            "tool that made it, or quantize the base model again."
         )
     kind = labels.get("checkpoint_format", FORMAT_V1)
     if kind not in ZERO_OFFSETS:

@@ -158,17 +158,24 @@ def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:
 
     Returns:
         The generator and the model's tokenizer.
-    """
-    from transformers import AutoTokenizer
 
+    Raises:
+        ConfigError: The model has no tokenizer.
+    """
+    from halfbyte.evaluate.loading import load_tokenizer
     from halfbyte.integrations.generation import Generator
     from halfbyte.integrations.load import load_model
 
     model = load_model(
         args.model, dtype=args.dtype, device=args.device, activations=args.activations
     )
-    generator = Generator(model, head_bits=args.head_bits)
-    return generator, AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
+    if tokenizer is None:
+        raise ConfigError(
+            f"Cannot generate text with '{args.model}': it has no tokenizer. Copy the tokenizer "
+            "files of the base model into it."
+        )
+    return Generator(model, head_bits=args.head_bits), tokenizer
 
 
 def report_timing(generator: Generator, timing: Timing, num_tokens: int) -> None:

@@ -5,7 +5,8 @@ GPTQ folders load like any other, because ``import halfbyte`` registers the form
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from halfbyte.checkpoint.labels import describe_missing_config
 from halfbyte.checkpoint.shards import explain_missing_weights
 from halfbyte.data import evaluation_text
-from halfbyte.errors import CheckpointError, ConfigError, ModelError, first_line
+from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, ModelError, first_line
 from halfbyte.evaluate.windows import DEFAULT_WINDOW, Windows, split_windows, tokenize_text
 from halfbyte.machine.devices import resolve_device
 from halfbyte.model.context_length import max_context_length
@@ -212,21 +213,39 @@ def check_same_tokenizer(
     )
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+@contextmanager
+def explain_loading(folder: Path) -> Iterator[None]:
+    """Turn Transformers' errors about a model, such as a missing package, into ModelErrors.
 
-    # Transformers loads to the CPU by default; a device map would need accelerate.
-    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
+    Args:
+        folder: The model that is loaded inside.
+
+    Raises:
+        HalfbyteError: Loading raised it.
+        ModelError: Loading raised another error.
+    """
+    from safetensors import SafetensorError
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **placement
-        )
+        yield
+    except HalfbyteError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"Cannot load the model '{folder}' through Transformers: {first_line(error)}. "
             "Check that the folder is complete and holds a causal language model."
         ) from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # Transformers loads to the CPU by default; a device map would need accelerate.
+    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
+    with explain_loading(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **placement
+        )
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from halfbyte.checkpoint.labels import describe_missing_config, read_labels
 from halfbyte.checkpoint.layout import CONFIG_FILES, METHOD
 from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.evaluate.loading import explain_loading
 from halfbyte.integrations.activations import round_activations
 from halfbyte.integrations.autoload import install
 from halfbyte.machine.arithmetic import has_fast_bf16
@@ -113,6 +114,7 @@ def load_model(
     Raises:
         ConfigError: There is no such folder or device, or no layer supports int8 activations.
         CheckpointError: The folder lacks tensors, or is damaged.
+        ModelError: Transformers cannot load it, for example because it needs another package.
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -124,12 +126,13 @@ def load_model(
     if dtype == "auto" and place.type == "cpu":
         dtype = "bfloat16" if has_fast_bf16() else "float32"
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    config = AutoConfig.from_pretrained(folder)
-    # Old checkpoints have their quantization config in a separate file.
-    labelled = any((folder / name).is_file() for name in CONFIG_FILES)
-    if getattr(config, "quantization_config", None) or labelled:
-        return load(folder, dtype=kind, device=place, activations=activations)
-    loaded = _load_complete(folder, dtype=kind, device_map={"": place})
+    with explain_loading(folder):
+        config = AutoConfig.from_pretrained(folder)
+        # Old checkpoints have their quantization config in a separate file.
+        labelled = any((folder / name).is_file() for name in CONFIG_FILES)
+        if getattr(config, "quantization_config", None) or labelled:
+            return load(folder, dtype=kind, device=place, activations=activations)
+        loaded = _load_complete(folder, dtype=kind, device_map={"": place})
     round_activations(loaded, activations)
     return loaded
 

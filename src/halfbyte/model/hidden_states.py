@@ -84,8 +84,7 @@ class HiddenStates:
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write {self.path}, the hidden states of {format_bytes(self.num_bytes)}: "
-                f"{error.strerror}. Free disk space, or use less calibration text. Finished blocks "
-                "are kept for --resume."
+                f"{error.strerror}. Free disk space, or use less calibration text."
             ) from error
 
     def read(self, batch: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from halfbyte.checkpoint.companions import find_companions
 from halfbyte.config_fields import check_config
+from halfbyte.errors import CheckpointError
 from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration_source import CalibrationSource
@@ -92,6 +93,11 @@ def quantize(
         target.mkdir(parents=True, exist_ok=True)
         with journal, torch.no_grad():
             return run.execute(text, resume=resume, quality=quality)
+    except CheckpointError as error:
+        if not journal.blocks:
+            raise
+        # Such as a full disk: the next attempt needs to do only the rest.
+        raise CheckpointError(f"{error} Finished blocks are kept for --resume.") from error
     finally:
         torch.set_num_threads(threads)
         progress.finished()
