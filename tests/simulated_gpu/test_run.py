@@ -85,13 +85,14 @@ def test_steps_that_wait_for_the_gpu_are_not_captured(tmp_path, family, quantize
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_offloaded_layers_run_on_the_gpu(tmp_path, place):
+@pytest.mark.parametrize("place", ["auto", "cpu", "disk"])
+def test_placed_and_offloaded_layers_run_on_the_gpu(tmp_path, place):
     reference = write_checkpoint(tmp_path, LLAMA).float()
     on_gpu = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = {**dict.fromkeys(on_gpu, 0), "model.layers.1": place}
     model = halfbyte.load(
         tmp_path,
-        device_map={**dict.fromkeys(on_gpu, 0), "model.layers.1": place},
+        device_map="auto" if place == "auto" else places,
         offload_folder=str(tmp_path / "offload"),
         offload_buffers=True,
         dtype=torch.float32,
