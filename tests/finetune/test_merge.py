@@ -70,6 +70,27 @@ def test_written_gpt2_has_its_weights_in_the_order_of_its_class(quantized, tmp_p
     assert (have - want).norm() < 0.02 * (without - want).norm()
 
 
+def test_merge_that_loads_as_something_else_is_refused(base, tmp_path, monkeypatch, data):
+    adapter = write_adapter(base, tmp_path / "adapter")
+
+    def merge_and_save_wrongly(adapted, dtype):
+        merged = merge_layers(adapted, dtype)
+        save = merged.save_pretrained
+
+        def save_wrongly(folder):
+            merged.lm_head.weight.data.mul_(-50)
+            save(folder)
+
+        merged.save_pretrained = save_wrongly
+        return merged
+
+    monkeypatch.setattr(merging, "merge_layers", merge_and_save_wrongly)
+    with pytest.raises(
+        VerificationError, match=r"out does not compute what .*: loaded again, it is \d.* allowed"
+    ):
+        merge(base, adapter, tmp_path / "out", data=data, device="cpu")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_written_model_is_plain_and_computes_base_plus_adapter(base, tmp_path, variant, data):

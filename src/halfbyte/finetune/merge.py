@@ -4,7 +4,8 @@
 
     base (dequantized, or its 16-bit original) + adapter ──float32, layer by layer──> 16-bit folder
 
-Every merge is compared with base plus adapter before it is written, so an adapter cannot get lost.
+Every merge is compared with base plus adapter before it is written, so an adapter cannot get lost,
+and loaded again and compared afterwards.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import check_adapter, require_peft
 from halfbyte.finetune.merge_check import MergeReport, adapt
 from halfbyte.finetune.third_party_output import quiet_libraries
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import linear_weight
 from halfbyte.model.weights import load_model_config
 from halfbyte.nn.linear import QuantLinear
@@ -86,7 +88,8 @@ def merge(
     adapted, expected = adapt(subject, adapter, data)
     merged = merge_layers(adapted, dtype)
     kl = expected.kl_of(merged)
-    if not kl <= max(ROUNDING_KL, LOST_SHARE * expected.kl_without):
+    allowed = max(ROUNDING_KL, LOST_SHARE * expected.kl_without)
+    if not kl <= allowed:
         raise VerificationError(
             f"Merging {adapter} into {folder} lost it: the merged model is {kl:.4f} nats per token "
             f"from base plus adapter, the base alone {expected.kl_without:.4f}. Serve the adapter "
@@ -96,6 +99,15 @@ def merge(
     target.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, target)
     merged.save_pretrained(target)
+    del subject, adapted, merged
+    release_memory()
+    kl = expected.kl_of(open_subject(target, dtype=dtype, device=device).model)
+    if not kl <= allowed:
+        raise VerificationError(
+            f"{target} does not compute what {folder} with {adapter} does: loaded again, it is "
+            f"{kl:.4f} nats per token from it, allowed is {allowed:.4f}. Do not use it; serve the "
+            "adapter unmerged, and report this bug."
+        )
     return report
 
 
