@@ -70,7 +70,7 @@ def test_written_gpt2_has_its_weights_in_the_order_of_its_class(quantized, tmp_p
     assert (have - want).norm() < 0.02 * (without - want).norm()
 
 
-def test_merge_that_loads_as_something_else_is_refused(base, tmp_path, monkeypatch):
+def test_merge_that_loads_as_something_else_is_refused(base, tmp_path, monkeypatch, data):
     adapter = write_adapter(base, tmp_path / "adapter")
 
     def merge_and_save_wrongly(adapted, dtype):
@@ -88,7 +88,7 @@ def test_merge_that_loads_as_something_else_is_refused(base, tmp_path, monkeypat
     with pytest.raises(
         VerificationError, match=r"out does not compute what .*: loaded again, it is \d.* allowed"
     ):
-        merge(base, adapter, tmp_path / "out", device="cpu")
+        merge(base, adapter, tmp_path / "out", data=data, device="cpu")
 
 
 @torch.no_grad()
