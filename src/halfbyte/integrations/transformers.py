@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -87,6 +89,8 @@ class GptqQuantizer(HfQuantizer):
     disk_names: Mapping[str, str] = MappingProxyType({})
     """Names of the packed linears on disk, by name in the model."""
     disk_keys: tuple[str, ...] = ()
+    quantized: Path | None = None
+    """Temporary folder of a model that was quantized in order to load it."""
 
     @property
     def is_trainable(self) -> bool:
@@ -105,7 +109,8 @@ class GptqQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Set the file name of the weights if it is not one that Transformers looks for.
 
-        This is the only hook that receives the model's config before its files are resolved.
+        This is the only hook that receives the model's config before its files are resolved and
+        its modules created. So the model is also quantized here, if the user asked for it.
 
         Args:
             config: The model's config.
@@ -115,6 +120,12 @@ class GptqQuantizer(HfQuantizer):
         """
         from halfbyte.nn.model_loading import find_unusual_file
 
+        name = getattr(config, "name_or_path", None)
+        if name and not self.pre_quantized and self.quantization_config.dataset is not None:
+            from halfbyte.integrations.quantize_on_load import quantize_for_loading
+
+            self.quantized = quantize_for_loading(name, self.quantization_config)
+            return config
         folder = Path(getattr(config, "name_or_path", None) or "")
         if getattr(config, "transformers_weights", None) is None and folder.name:
             name = find_unusual_file(folder)
@@ -129,13 +140,27 @@ class GptqQuantizer(HfQuantizer):
         from halfbyte.nn import model_loading
         from halfbyte.nn.replace import replace_linears
 
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
+        names: list[str] = kwargs.get("checkpoint_files") or []
+        if self.quantized is not None:
+            self._load_instead(self.quantized, model, names)
+        files = [Path(file) for file in names]
         found = model_loading.collect_linears(model, files)
         self.pre_quantized = True
         self.disk_names, self.disk_keys = found.disk_names, found.disk_keys
         model_loading.untie(model, found.stored)
         replace_linears(model, found.stored, dtype=kwargs.get("dtype") or model.dtype)
         return model
+
+    def _load_instead(self, folder: Path, model: PreTrainedModel, names: list[str]) -> None:
+        """Let Transformers load a checkpoint in place of the files that it has resolved."""
+        from halfbyte.checkpoint.labels import read_labels
+        from halfbyte.checkpoint.shards import TensorFiles
+
+        # Transformers reads the files of this list later.
+        names[:] = [str(file) for file in TensorFiles.open(folder).files]
+        self.quantization_config = GPTQConfig(**read_labels(folder).raw)
+        # Tensors that stay as stored, or on disk, are read as long as the model exists.
+        weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any

@@ -1,0 +1,100 @@
+"""Quantizes a model while Transformers loads it, as ``GPTQConfig`` with a dataset asks for.
+
+::
+
+    from_pretrained(model, quantization_config=GPTQConfig(bits=4, dataset=[...]))
+        ──quantize_for_loading──> checkpoint in a temporary folder ──> its files are loaded instead
+
+The model is quantized from its files, one block at a time, before Transformers creates it; so it is
+never in memory whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.errors import ConfigError
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize.pipeline import quantize
+
+logger = logging.getLogger("halfbyte")
+
+STOCK_DAMPING = 0.1
+"""Transformers' default, for which halfbyte's own is used."""
+
+
+def quantize_for_loading(model: str, settings: Any) -> Path:
+    """Quantize a model into a temporary folder.
+
+    Args:
+        model: Folder of the unquantized model, or its name on the Hub.
+        settings: Transformers' ``GPTQConfig``, with a dataset.
+
+    Returns:
+        The folder of the checkpoint, whose parent folder the caller deletes.
+
+    Raises:
+        ConfigError: A setting is not supported.
+        CalibrationError: The dataset is unsuitable or too short.
+    """
+    if settings.modules_in_block_to_quantize is not None:
+        raise ConfigError(
+            "GPTQConfig has modules_in_block_to_quantize, which halfbyte does not support. Leave "
+            "it out, or quantize into a folder with halfbyte.quantize(..., "
+            "config=QuantConfig(skip=...)) and load that."
+        )
+    damping = settings.damp_percent
+    config = QuantConfig(
+        bits=settings.bits,
+        group_size=settings.group_size,
+        symmetric=settings.sym,
+        desc_act=settings.desc_act,
+        **({} if damping == STOCK_DAMPING else {"damping": damping}),
+    )
+    text, calibration = _read_dataset(settings)
+    scratch = Path(tempfile.mkdtemp(prefix="halfbyte-"))
+    logger.warning(
+        "Quantizing %s into a temporary folder while loading it. To do this only once: "
+        "save_pretrained, or halfbyte quantize.",
+        model,
+    )
+    try:
+        quantize(
+            model,
+            scratch / "model",
+            config=config,
+            calibration=calibration,
+            resources=ResourceConfig(device="cuda" if torch.cuda.is_available() else "cpu"),
+            text=text,
+            quality=False,
+        )
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return scratch / "model"
+
+
+def _read_dataset(settings: Any) -> tuple[list[Any] | None, CalibrationConfig]:
+    """Return calibration data and how it is cut."""
+    length = settings.model_seqlen or CalibrationConfig().length
+    if isinstance(settings.dataset, str):
+        logger.warning(
+            "GPTQConfig names the dataset '%s', which is not downloaded: halfbyte's built-in "
+            "calibration text is used. To use others, pass a list of texts.",
+            settings.dataset,
+        )
+        return None, CalibrationConfig(length=length)
+    texts = list(settings.dataset)
+    if settings.tokenizer is None or isinstance(settings.tokenizer, str):
+        return texts, CalibrationConfig(length=length)
+    rows = [
+        settings.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts
+    ]
+    longest = max((len(row) for row in rows), default=1)
+    return rows, CalibrationConfig(samples=max(len(rows), 1), length=min(max(longest, 1), length))
