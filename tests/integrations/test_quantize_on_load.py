@@ -78,6 +78,12 @@ def test_nothing_is_left_behind(base):
     del model
     gc.collect()
     assert not list(scratch.iterdir())
+    with pytest.raises(TypeError, match="no_such_option"):
+        AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=GPTQConfig(bits=4, dataset=TEXTS), no_such_option=1
+        )
+    gc.collect()
+    assert not list(scratch.iterdir())
 
 
 def test_named_datasets_are_the_built_in_text(base, caplog):

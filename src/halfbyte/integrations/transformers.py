@@ -125,6 +125,8 @@ class GptqQuantizer(HfQuantizer):
             from halfbyte.integrations.quantize_on_load import quantize_for_loading
 
             self.quantized = quantize_for_loading(name, self.quantization_config)
+            # With this quantizer, which the model keeps: what is on disk is read as long.
+            weakref.finalize(self, shutil.rmtree, self.quantized.parent, ignore_errors=True)
             return config
         folder = Path(getattr(config, "name_or_path", None) or "")
         if getattr(config, "transformers_weights", None) is None and folder.name:
@@ -142,7 +144,7 @@ class GptqQuantizer(HfQuantizer):
 
         names: list[str] = kwargs.get("checkpoint_files") or []
         if self.quantized is not None:
-            self._load_instead(self.quantized, model, names)
+            self._load_instead(self.quantized, names)
         files = [Path(file) for file in names]
         found = model_loading.collect_linears(model, files)
         self.pre_quantized = True
@@ -151,7 +153,7 @@ class GptqQuantizer(HfQuantizer):
         replace_linears(model, found.stored, dtype=kwargs.get("dtype") or model.dtype)
         return model
 
-    def _load_instead(self, folder: Path, model: PreTrainedModel, names: list[str]) -> None:
+    def _load_instead(self, folder: Path, names: list[str]) -> None:
         """Let Transformers load a checkpoint in place of the files that it has resolved."""
         from halfbyte.checkpoint.labels import read_labels
         from halfbyte.checkpoint.shards import TensorFiles
@@ -159,8 +161,6 @@ class GptqQuantizer(HfQuantizer):
         # Transformers reads the files of this list later.
         names[:] = [str(file) for file in TensorFiles.open(folder).files]
         self.quantization_config = GPTQConfig(**read_labels(folder).raw)
-        # Tensors that stay as stored, or on disk, are read as long as the model exists.
-        weakref.finalize(model, shutil.rmtree, folder.parent, ignore_errors=True)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
