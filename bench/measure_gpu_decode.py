@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def profile_step(steps: GraphSteps) -> str:
 
 
 def main() -> None:
-    """Measure all arms; write the results after each one."""
+    """Measure the arms, or count launches."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-decode.json"))
     parser.add_argument("--layers", type=int, default=32)
@@ -238,23 +239,35 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("Nothing measured: this needs a GPU. --count counts a block's launches without one.")
         return
+    measure_arms(
+        options.arms,
+        lambda arm: measure(arm, options.layers, profiled=options.profile),
+        options.output,
+        layers=options.layers,
+        context=CONTEXT,
+    )
+
+
+def measure_arms(
+    arms: list[str], measure_arm: Callable[[str], dict[str, Any]], output: Path, **facts: Any
+) -> None:
+    """Measure all arms on this GPU; write the results after each one."""
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "machine": machine_facts(),
         "versions": installed_versions(),
-        "layers": options.layers,
-        "context": CONTEXT,
+        **facts,
         "arms": {},
     }
-    for arm in options.arms:
+    for arm in arms:
         try:
-            found: Any = measure(arm, options.layers, profiled=options.profile)
+            found: Any = measure_arm(arm)
         except Exception as error:  # noqa: BLE001 - the other arms still run
             found = f"{type(error).__name__}: {str(error)[:1000]}"
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         results["arms"][arm] = found
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(arm, found, flush=True)
 
 

@@ -15,7 +15,6 @@ time of a prompt.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,11 +26,10 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from halfbyte.integrations.graph_steps import GraphSteps
-from halfbyte.machine.facts import installed_versions, machine_facts
 from halfbyte.model.experts import UnfusedExperts, unfuse_experts
 from halfbyte.nn.fusion import fuse_linears
 from halfbyte.nn.grouped_experts import group_experts
-from measure_gpu_decode import make_linear, time_steps, time_tokens
+from measure_gpu_decode import make_linear, measure_arms, time_steps, time_tokens
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 2048,
@@ -133,7 +131,7 @@ def measure(model: Qwen3MoeForCausalLM, arm: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all arms; write the results after each one."""
+    """Make the model and measure all arms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-experts.json"))
     parser.add_argument("--layers", type=int, default=48)
@@ -143,22 +141,13 @@ def main() -> None:
         print("Nothing measured: this needs a GPU.")
         return
     model = make_model(options.layers, "cuda", "cuda")
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "machine": machine_facts(),
-        "versions": installed_versions(),
-        "layers": options.layers,
-        "context": CONTEXT,
-        "arms": {},
-    }
-    for arm in options.arms:
-        try:
-            found: Any = measure(model, arm)
-        except Exception as error:  # noqa: BLE001 - the other arms still run
-            found = f"{type(error).__name__}: {str(error)[:1000]}"
-        results["arms"][arm] = found
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(arm, found, flush=True)
+    measure_arms(
+        options.arms,
+        lambda arm: measure(model, arm),
+        options.output,
+        layers=options.layers,
+        context=CONTEXT,
+    )
 
 
 if __name__ == "__main__":

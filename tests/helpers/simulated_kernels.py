@@ -15,8 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
 aten = torch.ops.aten
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -235,10 +234,10 @@ def install_kernels() -> None:
             packet, _, overload = name.removeprefix("aten::").partition(".")
             op = getattr(getattr(aten, packet), overload or "default")
             kernels.setdefault(op, partial(compute, op))
-    library = Library("aten", "IMPL")
+    implementations = library.Library("aten", "IMPL")
     for op, kernel in kernels.items():
-        library.impl(op, kernel, "CUDA")
-    _kept.append(library)
+        implementations.impl(op, kernel, "CUDA")
+    _kept.append(implementations)
 
 
 class CUDAGraph:

@@ -15,7 +15,8 @@ def _gpu(request):
     if sys.platform != "linux" or torch.version.cuda is not None:
         pytest.skip("a GPU is simulated on Linux, in a build of torch without CUDA")
     if not all(item.get_closest_marker("simulated_gpu") for item in request.session.items):
-        pytest.skip("needs a process without other tests: pytest -m simulated_gpu")
+        # It changes torch for all tests of a process.
+        pytest.fail("Run these tests in a process of their own: pytest -m simulated_gpu")
     install()
 
 

@@ -19,7 +19,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,7 +39,7 @@ from halfbyte.integrations.auto_gptq_files import (
     prepare_target,
 )
 from halfbyte.quant_config import CalibrationConfig, ResourceConfig
-from halfbyte.quantize.calibration_source import as_ids, read_source
+from halfbyte.quantize.calibration_source import fit_to_rows
 from halfbyte.quantize.source import HubOptions, find_model
 
 if TYPE_CHECKING:
@@ -205,11 +204,8 @@ class AutoGPTQForCausalLM:
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
             warn_ignored("quantize", ignored)
-        name, items = read_source(examples)
-        lengths = [len(row.ids) for item in items for row in as_ids(name, item) or ()]
         calibration = CalibrationConfig(batch_size=None if batch_size == 1 else batch_size)
-        if lengths:
-            calibration = replace(calibration, samples=len(lengths), length=max(1, *lengths))
+        items, calibration = fit_to_rows(examples, calibration)
         scratch = tempfile.mkdtemp(prefix="halfbyte-")
         # The folder is deleted with this object, or when its files are moved by save_quantized.
         self._scratch = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)

@@ -11,21 +11,25 @@ never in memory whole.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import quantization_config as stock
 
 from halfbyte.errors import ConfigError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize.calibration_source import fit_to_rows
 from halfbyte.quantize.pipeline import quantize
 
 logger = logging.getLogger("halfbyte")
 
-STOCK_DAMPING = 0.1
+STOCK_DAMPING = inspect.signature(stock.GPTQConfig).parameters["damp_percent"].default
 """Transformers' default, for which halfbyte's own is used."""
 
 
@@ -93,8 +97,7 @@ def _read_dataset(settings: Any) -> tuple[list[Any] | None, CalibrationConfig]:
     texts = list(settings.dataset)
     if settings.tokenizer is None or isinstance(settings.tokenizer, str):
         return texts, CalibrationConfig(length=length)
-    rows = [
-        settings.tokenizer(text)["input_ids"] if isinstance(text, str) else text for text in texts
-    ]
-    longest = max((len(row) for row in rows), default=1)
-    return rows, CalibrationConfig(samples=max(len(rows), 1), length=min(max(longest, 1), length))
+    tokenize = settings.tokenizer
+    rows = [tokenize(text)["input_ids"] if isinstance(text, str) else text for text in texts]
+    items, calibration = fit_to_rows(rows, CalibrationConfig())
+    return items, replace(calibration, length=min(calibration.length, length))
