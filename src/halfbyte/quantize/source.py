@@ -108,23 +108,6 @@ def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
         ) from error
 
 
-def check_output_outside_model(source: Path, output: Path) -> None:
-    """Check that the output folder is not the model's folder or inside it.
-
-    Args:
-        source: The model's folder.
-        output: The checkpoint's folder.
-
-    Raises:
-        ConfigError: It is.
-    """
-    if output.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(
-            f"The output {output} is inside the model's own folder {source}, which must stay "
-            "unchanged. Choose a folder outside of it."
-        )
-
-
 def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) -> bool:
     """Check that a run may write into a folder.
 
