@@ -165,10 +165,12 @@ class GptqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        """Check the loaded values and select the kernels."""
+        """Check the loaded values, select the kernels, and prepare for adapters."""
+        from halfbyte.integrations.peft import refuse_modules_to_save
         from halfbyte.nn.model_loading import prepare_linears
 
         prepare_linears(model)
+        refuse_modules_to_save()
         return model
 
     def update_weight_conversions(
