@@ -154,8 +154,15 @@ def check_same_inputs(output: Path, then: Mapping[str, Any], now: Mapping[str, A
         now: The inputs given now. Software versions may differ, because nothing is computed.
 
     Raises:
-        JournalError: An input differs; names each difference with both values.
+        JournalError: An input differs; names each difference with both values. Or the inputs are
+            not known.
     """
+    if not then:
+        raise JournalError(
+            f"The run in {output} is complete. Its report, by an earlier version of halfbyte, does "
+            "not say which inputs and options it had. Use the folder as it is, or choose another "
+            "output folder to run again."
+        )
     kept, given = ({k: v for k, v in side.items() if k != VERSIONS} for side in (then, now))
     differences = describe_differences(kept, given)
     if differences:
