@@ -156,10 +156,7 @@ def test_plan_in_words(weights: ModelWeights) -> None:
 def test_default_budget_is_a_fraction_of_free_memory(
     weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Memory:
-        available = 10 * 10**9
-
-    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 10 * 10**9)
     found = plan(weights)
     assert 0 < found.budget_bytes <= 6 * 10**9
     assert found.settings.reasons[0] == "60% of the free memory"
