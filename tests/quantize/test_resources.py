@@ -151,6 +151,9 @@ def test_plan_in_words(weights: ModelWeights) -> None:
     assert "for the checkpoint, 134.2 MB while it runs" in disk
     assert time.startswith("time    at least ")
     assert f"on {torch.get_num_threads()} threads" in time
+    tight, *_ = plan(weights, memory="1MB").lines()
+    assert "of 1.0 MB; more than allowed, so the system may end the run; " in tight
+    assert "more than allowed" not in memory
 
 
 def test_default_budget_is_a_fraction_of_free_memory(

@@ -103,9 +103,12 @@ class RunPlan:
     def lines(self) -> tuple[str, ...]:
         """Describe the plan, one fact per line."""
         settings = self.settings
+        excess = ()
+        if self.memory_bytes > self.budget_bytes:
+            excess = ("more than allowed, so the system may end the run",)
         return (
             f"memory  {format_bytes(self.memory_bytes)} of {format_bytes(self.budget_bytes)}; "
-            + "; ".join(settings.reasons),
+            + "; ".join((*excess, *settings.reasons)),
             f"disk    {format_bytes(self.output_bytes)} for the checkpoint, "
             f"{format_bytes(self.work_bytes)} while it runs",
             f"time    at least {format_seconds(self.seconds)} "
