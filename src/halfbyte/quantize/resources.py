@@ -103,7 +103,7 @@ class RunPlan:
     def lines(self) -> tuple[str, ...]:
         """Describe the plan, one fact per line."""
         settings = self.settings
-        excess = ()
+        excess: tuple[str, ...] = ()
         if self.memory_bytes > self.budget_bytes:
             excess = ("more than allowed, so the system may end the run",)
         return (
