@@ -114,6 +114,25 @@ def test_live_display_shows_block_module_error_times_and_memory(clock, make_modu
         assert words in text
 
 
+def test_live_display_shows_training_until_the_next_phase(clock, make_module):
+    progress = LiveProgress(Console(file=io.StringIO(), width=120, force_terminal=True))
+    run_two_of_three_blocks(progress, clock, make_module)
+
+    def shown() -> str:
+        out = io.StringIO()
+        Console(file=out, width=120).print(progress.render())
+        return out.getvalue()
+
+    progress.phase("training scales")
+    progress.tuned(40, 120, 0.2, 0.1)
+    for words in ("step 40 of 120", "training scales", "KL 0.2000, best 0.1000", "Ctrl-C"):
+        assert words in shown()
+    progress.phase("measuring quality")
+    assert "measuring quality" in shown()
+    assert "Ctrl-C" not in shown(), "it would end the run now"
+    progress.finished()
+
+
 def test_live_display_keeps_fallbacks(clock, make_module):
     out = io.StringIO()
     progress = LiveProgress(Console(file=out, width=120, force_terminal=True, highlight=False))

@@ -203,8 +203,8 @@ class LiveProgress:
         self._live.start()
 
     def phase(self, name: str) -> None:
-        """Show the phase."""
-        self._position.phase = name
+        """Show the phase, in place of training steps."""
+        self._position.phase, self._position.tuning = name, None
 
     def block_started(self, index: int, count: int) -> None:
         """Move the bar."""
