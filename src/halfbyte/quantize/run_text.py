@@ -104,11 +104,17 @@ def _ensure_generated_text(
     """Generate the calibration text unless the folder has it from an earlier process."""
     path = generated_text_path(weights, calibration, folder)
     if not path.exists():
-        progress.phase("generating calibration text with the model")
+        phase = "generating calibration text with the model"
+        progress.phase(phase)
         with meter.timed("text"):
-            resolved, _ = resolve_dtype(dtype, weights.dtype, weights.device)
-            dtype_name = str(resolved).removeprefix("torch.")
-            sequences = generate_text(weights.folder, calibration, dtype=dtype_name)
+            compute_dtype, _ = resolve_dtype(dtype, weights.dtype, weights.device)
+            sequences = generate_text(
+                weights.folder,
+                calibration,
+                dtype=compute_dtype,
+                device=weights.device,
+                on_batch=lambda done, count: progress.phase(f"{phase}: {done} of {count}"),
+            )
         save_text(sequences, path)
-        release_memory()
+        release_memory(weights.device)
     return path
