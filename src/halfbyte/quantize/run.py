@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class Run:
         return {
             "model": fingerprint_model(self.weights.files),
             "config": self.config.to_dict(),
-            "calibration": {**self.calibration.to_dict(), "digest": digest},
+            "calibration": {**asdict(self.calibration), "digest": digest},
             "resources": {"device": self.resources.device, "dtype": self.resources.dtype},
             "probe": probe,
             VERSIONS: {"halfbyte": __version__, "torch": torch.__version__},

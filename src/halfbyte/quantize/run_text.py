@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 
 from halfbyte.evaluate.loading import load_tokenizer
@@ -88,7 +89,7 @@ def generated_text_path(
     Returns:
         The file, whose name has a hash of everything that determines its content.
     """
-    key = f"{fingerprint_model(weights.files)}{calibration.to_dict()}"
+    key = f"{fingerprint_model(weights.files)}{asdict(calibration)}"
     name = f"{KEPT_PREFIX}{SELF}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
     return folder / name
 
