@@ -21,6 +21,7 @@ from halfbyte.environment import KERNEL, read_variable
 from halfbyte.evaluate.loading import Subject
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.questions import Question
+from halfbyte.model.kv_cache import cache_argument, cache_of
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import dequantize_linears
 
@@ -157,7 +158,7 @@ class LocalModel:
                     "position_ids": positions[:, -1:] + steps,
                 }
             # A forward pass extends the cache in place; a copy works for every kind of cache.
-            inputs[self._cache_name] = copy.deepcopy(output[self._cache_name])
+            inputs[cache_argument(self.model)] = copy.deepcopy(cache_of(output))
             logits = self.model(input_ids=rest, use_cache=True, **inputs).logits.float()
             for row, choice in enumerate(chosen):
                 if len(choice) == 1:
@@ -180,11 +181,6 @@ class LocalModel:
     @property
     def _parameters(self) -> Mapping[str, Any]:
         return inspect.signature(self.model.forward).parameters
-
-    @property
-    def _cache_name(self) -> str:
-        """Name of the KV cache argument; Transformers 5.24 renamed it."""
-        return "cache" if "cache" in self._parameters else "past_key_values"
 
     def _keep_last(self, count: int) -> dict[str, int]:
         """Return the argument that limits the logits to the last ``count``, if the model has it."""
