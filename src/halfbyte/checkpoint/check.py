@@ -8,7 +8,6 @@ from typing import Any
 
 from halfbyte.checkpoint.consumers import (
     CONSUMERS,
-    PER_CHANNEL,
     TENSOR_PARALLEL_SIZES,
     VLLM_REQUIRED_KEYS,
     Consumer,
@@ -24,6 +23,7 @@ from halfbyte.checkpoint.vllm_view import (
     split_linear,
     view_linear,
 )
+from halfbyte.quant_config import PER_CHANNEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
