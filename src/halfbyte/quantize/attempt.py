@@ -102,7 +102,6 @@ class Attempt:
         self.stream = BlockStream(weights.model, weights.blocks, settings.torch_dtype)
         for index, entry in enumerate(self.journal.blocks):
             self.stream.output_sizes[index] = entry["output_size"]
-        self._base_logits: list[Tensor] = []
 
     def run(self) -> QuantizationReport:
         """Do everything that is not finished yet.
@@ -151,8 +150,10 @@ class Attempt:
                         walk.check_blocks(kinds[1:], first_window)
                 with self.meter.timed("write"):
                     writer.wait()
+                # Before training, which also changes the norm and head behind the last block.
+                base_logits = self._logits(states, BASE_PROBE) if states.has_base else []
                 tuning = self._tune_end_to_end(states)
-                return self._finish(walk, tuning, outside)
+                return self._finish(walk, tuning, base_logits, outside)
 
     def _write_outside(
         self, head: Sequence[RoundedLinear] = (), changed: Mapping[str, Tensor] | None = None
@@ -210,9 +211,6 @@ class Attempt:
         if not self.config.end_to_end_steps:
             return EndToEndResult()
         with self.meter.timed("end to end"):
-            # Before training, which also changes the norm and head behind the last block.
-            if states.has_base:
-                self._base_logits = self._logits(states, BASE_PROBE)
             return tune_end_to_end(
                 self.weights,
                 self.stream,
@@ -229,13 +227,14 @@ class Attempt:
             )
 
     def _finish(
-        self, walk: BlockWalk, tuning: EndToEndResult, outside: Callable[[], ShardDigest] | None
+        self,
+        walk: BlockWalk,
+        tuning: EndToEndResult,
+        base_logits: list[Tensor],
+        outside: Callable[[], ShardDigest] | None,
     ) -> QuantizationReport:
         """Measure quality, write the remaining files, verify the checkpoint, and report."""
         quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
-        base_logits = self._base_logits
-        if walk.states.has_base and not base_logits:
-            base_logits = self._logits(walk.states, BASE_PROBE)
         head: list[RoundedLinear] = []
         if self.config.lm_head:
             self.progress.phase("quantizing the head")
@@ -251,7 +250,8 @@ class Attempt:
         if base_logits:
             quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
         kept_logits = logits[0][-KEPT_LOGITS:].clone()
-        del base_logits, logits
+        base_logits.clear()  # the caller refers to them, too
+        del logits
         shards = self._write_rest(
             summary, head, outside or partial(self._write_outside, head, tuning.outside)
         )
