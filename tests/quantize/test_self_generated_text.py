@@ -33,11 +33,23 @@ def test_sequences_have_the_length_and_begin_a_text() -> None:
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_an_end_of_text_does_not_end_a_sequence() -> None:
-    """Whatever the model's own settings say; it would stop at once."""
-    model = build_family("llama")
-    model.generation_config.eos_token_id = list(range(VOCABULARY))
-    assert [len(ids) for ids in generate_text(model, CONFIG)] == [24] * 5
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token_id": list(range(VOCABULARY))},
+        {"repetition_penalty": 20.0},
+        {"suppress_tokens": list(range(5, VOCABULARY))},
+        {"min_p": 0.9},
+    ],
+)
+def test_the_models_own_settings_do_not_change_the_text(settings: dict[str, Any]) -> None:
+    model = build_family("llama", initializer_range=0.5)
+    expected = generate_text(model, CONFIG)
+    assert [len(ids) for ids in expected] == [24] * 5, "an end of text does not end a sequence"
+    model.generation_config.update(**settings)
+    assert generate_text(model, CONFIG) == expected
+    for name, value in settings.items():
+        assert getattr(model.generation_config, name) == value, "they stay the model's"
 
 
 def test_seed_determines_the_text() -> None:

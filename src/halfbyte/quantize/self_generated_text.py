@@ -77,23 +77,27 @@ def save_text(sequences: list[list[int]], path: Path) -> None:
 def _generate(subject: Subject, count: int, length: int) -> Tensor:
     """Sample sequences: int64 [count, length]."""
     ids = torch.full((count, 1), _first_token(subject), device=subject.input_device)
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1
+    model = subject.model
+    own = model.generation_config
+    # In place of the model's settings: those given to generate() would be completed from them, by a
+    # repetition penalty or an end of text.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - 1,
+        pad_token_id=0,
     )
-    # eos_token_id is passed separately: in the config, None means the model's default.
     try:
-        generated = subject.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=settings,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
     except RuntimeError as error:
         raise ModelError(
             f"{subject.name} cannot generate text in {subject.dtype_name}: {first_line(error)}. "
             "Check the weights for damage, or compute in float32."
         ) from error
+    finally:
+        model.generation_config = own
     assert isinstance(generated, Tensor)
     return generated.cpu()
 
