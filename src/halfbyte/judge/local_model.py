@@ -21,6 +21,7 @@ from halfbyte.environment import KERNEL, read_variable
 from halfbyte.evaluate.loading import Subject
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.questions import Question
+from halfbyte.model.generation_settings import use_only
 from halfbyte.model.kv_cache import cache_argument, cache_of
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import dequantize_linears
@@ -225,21 +226,15 @@ class LocalModel:
         )
         recorder = _ConfidenceRecorder(len(questions))
         stop = _StopSequences(questions, longest, self._decode)
-        saved = self.model.generation_config
-        # generate() takes unset settings, such as penalties and beams, from the model's config.
-        self.model.generation_config = config
-        try:
-            with torch.random.fork_rng(devices=_cuda_devices(self.device)):
-                torch.manual_seed(seed)
-                output = self.model.generate(
-                    ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([recorder]),
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )
-        finally:
-            self.model.generation_config = saved
+        random = torch.random.fork_rng(devices=_cuda_devices(self.device))
+        with use_only(self.model, config), random:
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([recorder]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+            )
         recorder.add_tokens(output[:, -1])
         generated = [
             row[:length]

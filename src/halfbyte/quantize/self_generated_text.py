@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.errors import ModelError, first_line
 from halfbyte.evaluate.loading import Subject, open_subject
+from halfbyte.model.generation_settings import use_only
 from halfbyte.quant_config import CalibrationConfig
 
 SELF = "self"
@@ -77,11 +78,7 @@ def save_text(sequences: list[list[int]], path: Path) -> None:
 def _generate(subject: Subject, count: int, length: int) -> Tensor:
     """Sample sequences: int64 [count, length]."""
     ids = torch.full((count, 1), _first_token(subject), device=subject.input_device)
-    model = subject.model
-    own = model.generation_config
-    # In place of the model's settings: those given to generate() would be completed from them, by a
-    # repetition penalty or an end of text.
-    model.generation_config = GenerationConfig(
+    settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
@@ -90,14 +87,13 @@ def _generate(subject: Subject, count: int, length: int) -> Tensor:
         pad_token_id=0,
     )
     try:
-        generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+        with use_only(subject.model, settings):
+            generated = subject.model.generate(ids, attention_mask=torch.ones_like(ids))
     except RuntimeError as error:
         raise ModelError(
             f"{subject.name} cannot generate text in {subject.dtype_name}: {first_line(error)}. "
             "Check the weights for damage, or compute in float32."
         ) from error
-    finally:
-        model.generation_config = own
     assert isinstance(generated, Tensor)
     return generated.cpu()
 
