@@ -27,6 +27,8 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 PER_CHANNEL = -1
 """The ``group_size`` for one scale per output row."""
 
+MIN_TOKENS = 2
+"""Tokens of a calibration sequence: with one, there is nothing to predict."""
 MAX_POLISH = 20
 MAX_SEED = 2**32 - 1
 MAX_TARGET_BITS = 9
@@ -358,19 +360,10 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("samples", "length", "batch_size"):
-            check_least(self, name, 1)
+        check_least(self, "samples", 1)
+        check_least(self, "length", MIN_TOKENS)
+        check_least(self, "batch_size", 1)
         check_range(self, "seed", 0, MAX_SEED, "Use 0, or 1 for another choice.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Undo :meth:`to_dict`; an unknown key is a ConfigError with a suggestion."""
-        check_keys(cls, values)
-        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

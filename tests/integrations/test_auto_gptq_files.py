@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tests.helpers.checkpoints import Recipe, build_model, tiny_llama_config, wr
 
 from halfbyte.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 from halfbyte.errors import CheckpointError, ConfigError
+from halfbyte.integrations.auto_gptq_files import move_out_of_scratch
 from halfbyte.integrations.load import load
 
 CONFIG = tiny_llama_config(num_hidden_layers=1)
@@ -84,6 +87,20 @@ def test_saving_replaces_an_earlier_checkpoint(quantized, tmp_path):
     (tmp_path / "out" / "eight.safetensors").rename(tmp_path / "out" / "model.safetensors")
     quantized.save_quantized(tmp_path / "out")
     assert bits(AutoGPTQForCausalLM.from_quantized(tmp_path / "out", device="cpu").model) == 4
+
+
+def test_chat_templates_of_an_earlier_checkpoint_are_replaced(tmp_path):
+    scratch, target = tmp_path / "scratch", tmp_path / "saved"
+    for text in ("first", "second"):
+        templates = scratch / "model" / "additional_chat_templates"
+        templates.mkdir(parents=True)
+        (templates / "tools.jinja").write_text(text)
+        owner: set[str] = set()
+        move_out_of_scratch(
+            scratch / "model", target, weakref.finalize(owner, shutil.rmtree, scratch)
+        )
+        assert not scratch.exists()
+    assert [p.read_text() for p in target.rglob("*.jinja")] == ["second"]
 
 
 def test_base_model_is_not_overwritten_and_the_result_is_kept(quantized, base, tmp_path, caplog):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.helpers.checkpoints import read_tensors
 from tests.helpers.tiny_llama import build_tokenizer
 from transformers import AutoModelForCausalLM, GPTQConfig, LlamaConfig, LlamaForCausalLM
@@ -104,3 +106,13 @@ def test_a_run_that_fails_leaves_nothing_behind(base):
     with pytest.raises(CalibrationError):
         load(base, dataset=[], tokenizer=build_tokenizer())
     assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+def test_files_other_than_the_quantized_ones_are_refused(base):
+    """Transformers tells a quantizer no subfolder, and no revision of a model on the Hub."""
+    other = shutil.copytree(base, base / "other") / "model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(other).items()}
+    save_file(tensors, other, {"format": "pt"})
+    settings = GPTQConfig(bits=4, group_size=32, dataset=TEXTS, tokenizer=build_tokenizer())
+    with pytest.raises(ConfigError, match=r"base were quantized, but .*other.model\.saf"):
+        AutoModelForCausalLM.from_pretrained(base, subfolder="other", quantization_config=settings)

@@ -186,12 +186,8 @@ def paused(tmp_path: Path, family: str) -> tuple[BlockStream, list[Stage], Tenso
     unfuse_experts(weights.model, lambda name: name.startswith(weights.blocks.name(0)))
     ids = torch.tensor(token_lists(4, 12))
 
-    def run() -> int:
-        stream.run(ids[:1], None)
-        return 12
-
     with stream.at(0):
-        stages = find_stages(block, run)
+        stages = find_stages(block, lambda: stream.run(ids[:1], None))
     return stream, stages, ids
 
 

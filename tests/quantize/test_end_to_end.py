@@ -265,6 +265,26 @@ def test_rereading_blocks_gives_the_same_bytes_as_keeping_them(
     assert bytes_of(tmp_path / "read") == bytes_of(tmp_path / "kept")
 
 
+@pytest.mark.parametrize(
+    ("labelled", "reason"),
+    [
+        ((0, 1, 2), "none of the 2 batches held out has a token with a label"),
+        ((3,), "none of the 6 batches to train on has a token with a label"),
+    ],
+)
+def test_text_without_labels_where_they_are_needed(
+    labelled: tuple[int, ...], reason: str, tmp_path: Path
+) -> None:
+    # Batches of 16; every fourth is held out. Truncated prompts leave rows without a label.
+    rows = [
+        {"input_ids": row, "labels": row if k // 16 % 4 in labelled else [-100] * len(row)}
+        for k, row in enumerate(TEXT["text"])
+    ]
+    report = tune(tmp_path, "tuned", text=rows)
+    assert report.end_to_end is None
+    assert f"not trained end to end: {reason}" in report.notes
+
+
 def test_too_little_text_to_hold_some_out(tmp_path: Path) -> None:
     few = {"calibration": CalibrationConfig(samples=2, length=24, batch_size=1)}
     report = tune(tmp_path, "out", **{**few, "text": token_lists(2, 24)})

@@ -45,22 +45,30 @@ def test_plain_lines_show_plan_block_worst_module_time_left_and_memory(clock, ma
     assert out.getvalue().splitlines() == [
         "memory 1.2 GB",
         "disk 0.1 GB",
-        "block 1 of 3: 2 modules, worst down 0.03, 10.0 s, 2.1 GB",
-        "block 2 of 3: 2 modules, worst down 0.03, 10.0 s, 2.1 GB, 40.0 s left",
+        "block 1 of 3: 2 modules, worst down 0.03, 10.0 s, 2.1 GB, 20.0 s left",
+        "block 2 of 3: 2 modules, worst down 0.03, 10.0 s, 2.1 GB, 10.0 s left",
         "saving (20.0 s)",
     ]
 
 
 def test_last_block_and_head_are_printed_by_finished(clock, make_module):
     progress, out = plain()
-    progress.block_started(2, 3)
-    progress.module_done(make_module("l.2.q"))
-    progress.phase("head")
+    for block, seconds in ((1, 10), (2, 5)):
+        progress.block_started(block, 3)
+        clock[0] += seconds
+        progress.module_done(make_module(f"l.{block}.q"))
+    progress.phase("training")
+    clock[0] += 30
+    progress.phase("quantizing the head")
+    clock[0] += 2
     progress.module_done(make_module("lm_head"))
     progress.finished()
-    lines = out.getvalue().splitlines()
-    assert lines[0].startswith("block 3 of 3: 1 modules")
-    assert lines[-1].startswith("head: 1 modules, worst lm_head 0.01")
+    assert out.getvalue().splitlines()[1:] == [
+        "block 3 of 3: 1 modules, worst q 0.01, 5.0 s, 2.1 GB",
+        "training (15.0 s)",
+        "quantizing the head (45.0 s)",
+        "head: 1 modules, worst lm_head 0.01, 2.0 s, 2.1 GB",
+    ]
 
 
 def test_fallback_is_printed_immediately_by_module(clock, make_module):
@@ -85,8 +93,9 @@ def test_time_left_of_a_resumed_run_counts_its_own_blocks_only(clock, make_modul
     clock[0] += 4
     progress.module_done(make_module("l.21.q"))
     progress.finished()
-    # One block took 4 s when block 21 began; by its end, 8 s for one: 9 are left at that pace.
-    assert "1 min 12 s left" in out.getvalue()
+    first, second = out.getvalue().splitlines()
+    assert first.endswith("36.0 s left"), "9 blocks of 4 s"
+    assert second.endswith("32.0 s left"), "8 blocks of 4 s"
 
 
 def test_live_display_shows_block_module_error_times_and_memory(clock, make_module):
@@ -100,9 +109,28 @@ def test_live_display_shows_block_module_error_times_and_memory(clock, make_modu
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     for words in (
         *("memory 1.2 GB", "block 2 of 3", "quantizing", "down", "relative error 0.03"),
-        *("20.0 s elapsed", "40.0 s left", "2.1 GB"),
+        *("20.0 s elapsed", "10.0 s left", "2.1 GB"),
     ):
         assert words in text
+
+
+def test_live_display_shows_training_until_the_next_phase(clock, make_module):
+    progress = LiveProgress(Console(file=io.StringIO(), width=120, force_terminal=True))
+    run_two_of_three_blocks(progress, clock, make_module)
+
+    def shown() -> str:
+        out = io.StringIO()
+        Console(file=out, width=120).print(progress.render())
+        return out.getvalue()
+
+    progress.phase("training scales")
+    progress.tuned(40, 120, 0.2, 0.1)
+    for words in ("step 40 of 120", "training scales", "KL 0.2000, best 0.1000", "Ctrl-C"):
+        assert words in shown()
+    progress.phase("measuring quality")
+    assert "measuring quality" in shown()
+    assert "Ctrl-C" not in shown(), "it would end the run now"
+    progress.finished()
 
 
 def test_live_display_keeps_fallbacks(clock, make_module):

@@ -188,6 +188,21 @@ def test_each_preset_needs_more_than_the_one_before(weights: ModelWeights) -> No
     assert plans[1].work_bytes == 2 * plans[0].work_bytes, "two streams"
 
 
+@pytest.mark.parametrize("config", [{"weigh_tokens": True}, {"target_bits": 4.5}])
+@pytest.mark.parametrize(("batch_size", "tokens"), [(2, 8192), (8, 16384)])
+def test_backward_passes_keep_the_states_of_whole_batches_between_all_blocks(
+    config: dict[str, Any], batch_size: int, tokens: int, tmp_path: Path
+) -> None:
+    needs = []
+    for blocks in (4, 36):
+        write_family(tmp_path / str(blocks), "llama", num_hidden_layers=blocks)
+        weights = ModelWeights(tmp_path / str(blocks), CPU)
+        lengths = [2048] * 32
+        found = plan(weights, memory="64GB", lengths=lengths, batch_size=batch_size, config=config)
+        needs.append(found.memory_bytes)
+    assert needs[1] - needs[0] == 32 * tokens * 4 * weights.config.hidden_size
+
+
 def test_checking_text_is_whole_batches(weights: ModelWeights) -> None:
     found = plan(weights, memory="64GB", lengths=[32] * 16, config=PRESETS["balanced"])
     assert found.settings.batch_size == 2, "of 16 sequences 8 batches, 2 of which confirm"

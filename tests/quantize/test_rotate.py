@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.cli.main import main
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.errors import CheckpointError, ConfigError, ModelError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
 from halfbyte.quantize import rotate as rotating
 from halfbyte.quantize.rotate import ROTATION_FILE, rotate
@@ -92,7 +92,7 @@ def test_rotated_model_computes_the_same_or_is_refused(family, tmp_path):
     if family not in ROTATABLE:
         with pytest.raises(ModelError, match=r"Cannot rotate the residual stream of .*base: .*"):
             rotate(tmp_path / "base", tmp_path / "out")
-        assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").iterdir()]
+        assert not (tmp_path / "out").exists()
         return
     report = rotate(tmp_path / "base", tmp_path / "out")
     before, after = logits(tmp_path / "base"), logits(tmp_path / "out")
@@ -183,6 +183,22 @@ def test_folder_in_use_is_refused_and_unchanged(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_nothing_remains_after_an_error_at_the_end(tmp_path, monkeypatch):
+    write_uneven(tmp_path / "base", "llama")
+    templates = tmp_path / "base" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("")
+
+    def fail(path, content):
+        assert (tmp_path / "out" / templates.name).is_dir(), "they are copied before"
+        raise CheckpointError(f"Cannot write {path}: the disk is full.")
+
+    monkeypatch.setattr(rotating, "write_json", fail)
+    with pytest.raises(CheckpointError, match=r"rotation\.json: the disk is full"):
+        rotate(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_reports_what_it_wrote(tmp_path, capsys):
     write_uneven(tmp_path / "base", "llama", tie_word_embeddings=True)
     assert main(["rotate", str(tmp_path / "base"), "-o", str(tmp_path / "out")]) == 0
@@ -202,7 +218,7 @@ def test_block_that_computes_something_else_is_refused(tmp_path, monkeypatch, me
         ModelError, match=r"the outputs of model\.layers\.0 change by .* allowed is 0\.001"
     ):
         rotate(tmp_path / "base", tmp_path / "out")
-    assert [*(tmp_path / "out").iterdir()] == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("number", "part"), [(0, "its head"), (1, "its embedding")])
@@ -218,4 +234,4 @@ def test_head_and_embedding_are_checked(tmp_path, monkeypatch, number, part):
     monkeypatch.setattr(rotating, "_map_rows", wrong)
     with pytest.raises(ModelError, match=f"the outputs of {part} change by"):
         rotate(tmp_path / "base", tmp_path / "out")
-    assert [*(tmp_path / "out").iterdir()] == []
+    assert not (tmp_path / "out").exists()

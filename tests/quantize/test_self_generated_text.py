@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from halfbyte.errors import ModelError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
 from halfbyte.quantize import run_text
 from halfbyte.quantize.attempt import Attempt
+from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.report import QuantizationReport
 from halfbyte.quantize.self_generated_text import generate_text, save_text
 
@@ -23,7 +25,7 @@ CONFIG = CalibrationConfig(samples=5, length=24, batch_size=2)
 def test_sequences_have_the_length_and_begin_a_text() -> None:
     seen: list[tuple[int, int]] = []
     found = generate_text(
-        build_family("llama"), CONFIG, batch_size=2, progress=lambda *done: seen.append(done)
+        build_family("llama"), CONFIG, batch_size=2, on_batch=lambda *done: seen.append(done)
     )
     assert [len(ids) for ids in found] == [24] * 5
     assert {ids[0] for ids in found} == {1}, "BOS"
@@ -31,11 +33,23 @@ def test_sequences_have_the_length_and_begin_a_text() -> None:
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_an_end_of_text_does_not_end_a_sequence() -> None:
-    """Whatever the model's own settings say; it would stop at once."""
-    model = build_family("llama")
-    model.generation_config.eos_token_id = list(range(VOCABULARY))
-    assert [len(ids) for ids in generate_text(model, CONFIG)] == [24] * 5
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token_id": list(range(VOCABULARY))},
+        {"repetition_penalty": 20.0},
+        {"suppress_tokens": list(range(5, VOCABULARY))},
+        {"min_p": 0.9},
+    ],
+)
+def test_the_models_own_settings_do_not_change_the_text(settings: dict[str, Any]) -> None:
+    model = build_family("llama", initializer_range=0.5)
+    expected = generate_text(model, CONFIG)
+    assert [len(ids) for ids in expected] == [24] * 5, "an end of text does not end a sequence"
+    model.generation_config.update(**settings)
+    assert generate_text(model, CONFIG) == expected
+    for name, value in settings.items():
+        assert getattr(model.generation_config, name) == value, "they stay the model's"
 
 
 def test_seed_determines_the_text() -> None:
@@ -89,10 +103,15 @@ def test_resumed_run_reuses_the_generated_text(
 ) -> None:
     build_family("llama").save_pretrained(tmp_path / "base")
     calls = []
+    phases: list[str] = []
 
-    def count(*args: object, **keywords: object) -> list[list[int]]:
-        calls.append(args)
-        return generate_text(*args, **keywords)  # type: ignore[arg-type]
+    class Watching(SilentProgress):
+        def phase(self, name: str) -> None:
+            phases.append(name)
+
+    def count(*args: Any, **keywords: Any) -> list[list[int]]:
+        calls.append(keywords)
+        return generate_text(*args, **keywords)
 
     monkeypatch.setattr(run_text, "generate_text", count)
 
@@ -104,6 +123,7 @@ def test_resumed_run_reuses_the_generated_text(
             calibration=CONFIG,
             text="self",
             resume=resume,
+            progress=Watching(),
         )
 
     finish = Attempt._finish
@@ -112,7 +132,10 @@ def test_resumed_run_reuses_the_generated_text(
         quantize(False)
     monkeypatch.setattr(Attempt, "_finish", finish)
     report = quantize(True)
-    assert len(calls) == 1
+    assert [(call["dtype"], call["device"]) for call in calls] == [
+        (torch.float32, torch.device("cpu"))
+    ], "as the run computes, on a machine with a GPU too"
+    assert phases.count("generating calibration text with the model: 5 of 5") == 1
     assert report.calibration.samples == 5
     assert report.calibration.source.startswith("input-self-")
     assert quantize(True).calibration == report.calibration

@@ -8,7 +8,6 @@ from typing import Any
 
 from halfbyte.checkpoint.consumers import (
     CONSUMERS,
-    PER_CHANNEL,
     TENSOR_PARALLEL_SIZES,
     VLLM_REQUIRED_KEYS,
     Consumer,
@@ -24,6 +23,7 @@ from halfbyte.checkpoint.vllm_view import (
     split_linear,
     view_linear,
 )
+from halfbyte.quant_config import PER_CHANNEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +76,11 @@ class _Reasons:
 
     def summarize(self) -> tuple[str, ...]:
         return tuple(
-            reason + (f": {found[0]}" if found else "") + _format_more(len(found))
+            reason
+            + (f": {found[0]}" if found else "")
+            + (f" and {len(found) - 1} more" if found[1:] else "")
             for reason, found in self.modules.items()
         )
-
-
-def _format_more(count: int) -> str:
-    return f" and {count - 1} more" if count > 1 else ""
 
 
 def check_consumers(checkpoint: Checkpoint) -> CheckReport:

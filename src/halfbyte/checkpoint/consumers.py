@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PER_CHANNEL = -1
+from halfbyte.quant_config import PER_CHANNEL
 
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 

@@ -124,7 +124,7 @@ def _make_patterns(members: list[str], all_modules: Iterable[str]) -> list[str]:
     for template, indices in chosen.items():
         experts = _EXPERTS.fullmatch(template)
         whole = {
-            i for i in indices if experts and _insert_number(experts["container"], i) in containers
+            i for i in indices if experts and experts["container"].replace("{}", i) in containers
         }
         for part in (whole, indices - whole):
             if not part:
@@ -168,10 +168,6 @@ def _make_number_pattern(chosen: set[str], existing: set[str]) -> str:
         return "" if chosen == {""} else r"\d+"
     numbers = sorted(chosen, key=int)
     return numbers[0] if len(numbers) == 1 else f"(?:{'|'.join(numbers)})"
-
-
-def _insert_number(template: str, number: str) -> str:
-    return template.replace("{}", number, 1)
 
 
 def _join_pattern(parent: str, numbers: str, leaves: list[str]) -> str:

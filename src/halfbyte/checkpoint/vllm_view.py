@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.checkpoint.consumers import PER_CHANNEL, REPLICATED_NAMES, ROW_PARALLEL_NAMES
+from halfbyte.checkpoint.consumers import REPLICATED_NAMES, ROW_PARALLEL_NAMES
 from halfbyte.checkpoint.dynamic import FUSED_LINEARS, resolve_dynamic
 from halfbyte.checkpoint.labels import QuantizationLabels
 from halfbyte.checkpoint.layout import LinearLayout
+from halfbyte.quant_config import PER_CHANNEL
 
 _EXPERT = re.compile(r"(?P<container>.+\.experts)\.\d+\..+")
 

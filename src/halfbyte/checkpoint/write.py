@@ -275,7 +275,7 @@ def build_quantization_config(
     """
     _check_assignment(quantized, skipped)
     base = _choose_base(config, quantized)
-    rules: dict[str, Rule] = {name: _make_rule(scheme) for name, scheme in quantized.items()}
+    rules: dict[str, Rule] = {name: _list_settings(scheme) for name, scheme in quantized.items()}
     rules |= dict.fromkeys(skipped)
     groups, heads = _list_modules(quantized, module_groups)
     return {
@@ -334,11 +334,8 @@ def _choose_base(config: QuantConfig, quantized: Mapping[str, Scheme]) -> Scheme
     return requested if requested in counts else counts.most_common(1)[0][0]
 
 
-def _make_rule(scheme: Scheme) -> Rule:
-    return tuple(sorted(_list_settings(scheme)))
-
-
 def _list_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
+    """Return the settings of a linear by key, sorted."""
     return (
         ("bits", scheme.bits),
         ("group_size", scheme.group_size),

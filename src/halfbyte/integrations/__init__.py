@@ -1,1 +1,4 @@
-"""Entry points of other libraries (Transformers, AutoGPTQ), and text generation."""
+"""Entry points of other libraries (Transformers, AutoGPTQ), and text generation.
+
+autoload -> transformers, auto_gptq -> load -> generation -> graph_steps
+"""

@@ -81,8 +81,11 @@ def move_out_of_scratch(source: Path, target: Path, scratch: finalize[..., Any])
         prepare_target(target)
         # A single file of an earlier checkpoint would be read instead of the new shards.
         (target / SINGLE_FILE).unlink(missing_ok=True)
-        for path in source.iterdir():
-            shutil.move(path, target / path.name)
+        for path in source.rglob("*"):
+            if path.is_file():
+                place = target / path.relative_to(source)
+                place.parent.mkdir(exist_ok=True)
+                shutil.move(path, place)
     except (ConfigError, OSError):
         scratch.detach()
         logger.warning("The quantized model was not saved; it stays in %s.", source)

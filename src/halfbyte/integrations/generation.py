@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,9 @@ from halfbyte.errors import ConfigError, first_line
 from halfbyte.integrations import graph_steps
 from halfbyte.integrations.graph_steps import GraphSteps
 from halfbyte.model.context_length import max_context_length
+from halfbyte.model.kv_cache import cache_argument, cache_of
 from halfbyte.nn.gpu_step import NotCapturable
-from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
+from halfbyte.nn.native_decoder import NativeDecoder, find_obstacle
 from halfbyte.nn.native_head import NativeHead
 
 ROOM_STEP = 1024
@@ -211,9 +211,7 @@ class _ForwardSteps:
 
     def __init__(self, model: PreTrainedModel, cache: Any) -> None:
         self.model = model
-        # Transformers 5.24 renamed the argument and warns about the old name.
-        names = inspect.signature(model.forward).parameters
-        self.keywords = {"cache" if "cache" in names else "past_key_values": cache}
+        self.keywords = {cache_argument(model): cache}
 
     def __call__(self, token: int, position: int) -> Tensor:
         ids = torch.tensor([[token]], device=self.model.get_input_embeddings().weight.device)

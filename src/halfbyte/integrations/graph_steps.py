@@ -13,7 +13,6 @@ length in Python are not supported.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.model.experts import UnfusedExperts
+from halfbyte.model.kv_cache import cache_argument
 from halfbyte.nn.decoder_parts import find_drift, make_probe_tokens
 from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
 from halfbyte.nn.grouped_experts import find_grouping_obstacle
@@ -53,7 +53,7 @@ class GraphSteps:
             # The probe's step writes one position after its prompt.
             max_cache_len=capacity + 1,
         )
-        self._names = frozenset(inspect.signature(model.forward).parameters)
+        self._cache_argument = cache_argument(model)
         device = model.get_input_embeddings().weight.device
         self._inputs = torch.zeros(2, dtype=torch.int64, device=device)
         self._token, self._position = self._inputs[:1], self._inputs[1:]
@@ -164,9 +164,7 @@ class GraphSteps:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return the logits of the last token, computed by the model's forward."""
-        # Transformers 5.24 renames the argument.
-        name = "cache" if "cache" in self._names else "past_key_values"
-        keywords: dict[str, Any] = {name: self._cache}
+        keywords: dict[str, Any] = {self._cache_argument: self._cache}
         logits: Tensor = self._model(
             ids, position_ids=positions[None], use_cache=True, logits_to_keep=1, **keywords
         ).logits

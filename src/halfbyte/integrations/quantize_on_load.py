@@ -15,6 +15,7 @@ import inspect
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from typing import Any
 import torch
 from transformers.utils import quantization_config as stock
 
+from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration_source import fit_to_rows
 from halfbyte.quantize.pipeline import quantize
+from halfbyte.quantize.source import find_model
 
 logger = logging.getLogger("halfbyte")
 
@@ -82,6 +85,29 @@ def quantize_for_loading(model: str, settings: Any) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return scratch / "model"
+
+
+def check_quantized_files(model: str, names: Sequence[str]) -> None:
+    """Check that the files that :func:`quantize_for_loading` read are those that were asked for.
+
+    Transformers does not tell a quantizer which revision, subfolder, variant or cache to use, but
+    later which files these gave.
+
+    Args:
+        model: As given to :func:`quantize_for_loading`.
+        names: The files that Transformers has resolved.
+
+    Raises:
+        ConfigError: They are others.
+    """
+    folder = find_model(model)
+    quantized = {file.resolve() for file in TensorFiles.open(folder).files}
+    if {Path(name).resolve() for name in names} != quantized:
+        raise ConfigError(
+            f"Cannot quantize {model} while loading it: the files of {folder} were quantized, but "
+            f"{names[0]} was asked for, by a revision, subfolder, variant or cache_dir. Give the "
+            "folder that holds it, without these arguments."
+        )
 
 
 def _read_dataset(settings: Any) -> tuple[list[Any] | None, CalibrationConfig]:

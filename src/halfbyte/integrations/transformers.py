@@ -146,6 +146,9 @@ class GptqQuantizer(HfQuantizer):
 
         names: list[str] = kwargs.get("checkpoint_files") or []
         if self.quantized is not None:
+            from halfbyte.integrations.quantize_on_load import check_quantized_files
+
+            check_quantized_files(model.config.name_or_path, names)
             self._load_instead(self.quantized, names)
         files = [Path(file) for file in names]
         found = model_loading.collect_linears(model, files)

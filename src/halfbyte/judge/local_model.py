@@ -21,6 +21,8 @@ from halfbyte.evaluate.loading import Subject
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.questions import Question
 from halfbyte.machine.limits import available_memory_bytes
+from halfbyte.model.generation_settings import use_only
+from halfbyte.model.kv_cache import cache_argument, cache_of
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import dequantize_linears
 
@@ -157,7 +159,7 @@ class LocalModel:
                     "position_ids": positions[:, -1:] + steps,
                 }
             # A forward pass extends the cache in place; a copy works for every kind of cache.
-            inputs[self._cache_name] = copy.deepcopy(output[self._cache_name])
+            inputs[cache_argument(self.model)] = copy.deepcopy(cache_of(output))
             logits = self.model(input_ids=rest, use_cache=True, **inputs).logits.float()
             for row, choice in enumerate(chosen):
                 if len(choice) == 1:
@@ -180,11 +182,6 @@ class LocalModel:
     @property
     def _parameters(self) -> Mapping[str, Any]:
         return inspect.signature(self.model.forward).parameters
-
-    @property
-    def _cache_name(self) -> str:
-        """Name of the KV cache argument; Transformers 5.24 renamed it."""
-        return "cache" if "cache" in self._parameters else "past_key_values"
 
     def _keep_last(self, count: int) -> dict[str, int]:
         """Return the argument that limits the logits to the last ``count``, if the model has it."""
@@ -229,21 +226,15 @@ class LocalModel:
         )
         recorder = _ConfidenceRecorder(len(questions))
         stop = _StopSequences(questions, longest, self._decode)
-        saved = self.model.generation_config
-        # generate() takes unset settings, such as penalties and beams, from the model's config.
-        self.model.generation_config = config
-        try:
-            with torch.random.fork_rng(devices=_cuda_devices(self.device)):
-                torch.manual_seed(seed)
-                output = self.model.generate(
-                    ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([recorder]),
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )
-        finally:
-            self.model.generation_config = saved
+        random = torch.random.fork_rng(devices=_cuda_devices(self.device))
+        with use_only(self.model, config), random:
+            torch.manual_seed(seed)
+            output = self.model.generate(
+                ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([recorder]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+            )
         recorder.add_tokens(output[:, -1])
         generated = [
             row[:length]

@@ -24,6 +24,7 @@ from halfbyte.judge.memory_meter import MemoryMeter
 from halfbyte.machine.devices import resolve_device
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import build_skeleton
+from halfbyte.model.kv_cache import cache_argument, cache_of
 from halfbyte.model.weights import load_model_config
 from halfbyte.plan.memory import (
     CPU_PROGRAM_BYTES,
@@ -271,12 +272,12 @@ def _run_load(subject: Subject, prompt: Tensor, new_tokens: int) -> tuple[float,
     output = subject.model(
         input_ids=prompt.to(subject.input_device), use_cache=True, logits_to_keep=1
     )
-    name = "cache" if "cache" in output else "past_key_values"
-    cache, token = output[name], output.logits[:, -1:].argmax(dim=-1)
+    cache, token = cache_of(output), output.logits[:, -1:].argmax(dim=-1)
+    keywords = {cache_argument(subject.model): cache}
     del output
     middle = time.perf_counter()
     for _ in range(new_tokens):
-        logits = subject.model(input_ids=token, use_cache=True, **{name: cache}).logits
+        logits = subject.model(input_ids=token, use_cache=True, **keywords).logits
         token = logits[:, -1:].argmax(dim=-1)
     end = time.perf_counter()
     size = sum(t.numel() * t.element_size() for t in _cache_tensors(cache))

@@ -13,6 +13,7 @@ Measured: bench/measure_cpu_layers.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from halfbyte.kernels.native_library import (
     has_tiles,
     open_library,
 )
-from halfbyte.kernels.torch_reference import dequantize_weight
+from halfbyte.kernels.torch_reference import TorchReference
 from halfbyte.packing import codes_per_run, unpack_zeros
 
 ROWS_LIMIT = 32
@@ -140,16 +141,8 @@ class CpuNative:
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight [out, in]."""
-        return dequantize_weight(
-            self.restore(operands, spec),
-            operands.qzeros,
-            operands.scales,
-            operands.g_idx,
-            bits=spec.bits,
-            zero_offset=spec.zero_offset,
-            group_size=spec.group_size,
-            dtype=dtype,
-        )
+        stored = replace(operands, weight=(self.restore(operands, spec),))
+        return TorchReference().dequantize(stored, spec, dtype)
 
     def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
         """Multiply by the weight, one tile of output channels at a time."""

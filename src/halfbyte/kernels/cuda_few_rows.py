@@ -5,8 +5,11 @@ The device code is ``cuda/few_rows.cu``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
 
 from halfbyte.kernels.contract import LinearSpec
 
@@ -33,6 +36,20 @@ class FewConfig:
     def partial_floats(self) -> int:
         """Partial sums per block of channels."""
         return self.channels * self.row_tiles * 8
+
+    @abstractmethod
+    def count_shared_bytes(self, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+        """Count the shared memory of a thread block in bytes."""
+
+    def fit_memory(self, limit: int, spec: LinearSpec, scale_dtype: torch.dtype) -> Self:
+        """Reduce stages, then warps, until a thread block needs at most this much shared memory."""
+        smaller = start = self
+        while smaller.count_shared_bytes(spec, scale_dtype) > limit:
+            if smaller.stages > 2:
+                smaller = replace(smaller, stages=smaller.stages - 1)
+            else:
+                smaller = start = replace(start, warps_in=start.warps_in // 2)
+        return smaller
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ while the previous one still runs (programmatic dependent launch).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -135,14 +135,7 @@ def choose_config(
     if measured is not None:
         best = CudaConfig(**measured)
     limit = SHARED_LIMIT.get(architecture, MIN_SHARED_LIMIT)
-    config = best
-    while config.count_shared_bytes(spec, scale_dtype) > limit:
-        if config.stages > 2:
-            config = replace(config, stages=config.stages - 1)
-        else:
-            best = replace(best, warps_in=best.warps_in // 2)
-            config = best
-    return config
+    return best.fit_memory(limit, spec, scale_dtype)
 
 
 class CudaLinear(TritonLinear):

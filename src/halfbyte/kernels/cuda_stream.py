@@ -13,7 +13,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -126,15 +126,7 @@ def find_mismatch(config: StreamConfig, spec: LinearSpec) -> str | None:
 
 def fit_memory(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> StreamConfig:
     """Reduce stages, then warps, until the thread blocks fit on a multiprocessor."""
-    limit = limit_shared_bytes(config.blocks)
-    smaller = config
-    while smaller.count_shared_bytes(spec, scale_dtype) > limit:
-        if smaller.stages > 2:
-            smaller = replace(smaller, stages=smaller.stages - 1)
-        else:
-            config = replace(config, warps_in=config.warps_in // 2)
-            smaller = config
-    return smaller
+    return config.fit_memory(limit_shared_bytes(config.blocks), spec, scale_dtype)
 
 
 def _round_up(size: int, multiple: int) -> int:

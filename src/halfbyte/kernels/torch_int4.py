@@ -58,7 +58,8 @@ class TorchInt4:
         if spec.bits != 4:
             return f"supports 4 bits, not {spec.bits}"
         if spec.dtype != torch.bfloat16:
-            return f"fast only in bfloat16; torch runs {_dtype_name(spec.dtype)} in a plain loop"
+            dtype = str(spec.dtype).removeprefix("torch.")
+            return f"fast only in bfloat16; torch runs {dtype} in a plain loop"
         if spec.group_size not in GROUP_SIZES:
             allowed = ", ".join(map(str, GROUP_SIZES))
             return f"supports group_size {allowed}, not {spec.group_size}"
@@ -234,7 +235,3 @@ def _find_layout() -> tuple[tuple[int, bool], str | None]:
             if torch.equal(_unpack_as(packed, block, halves).t(), codes.to(torch.uint8)):
                 return (block, halves), None
     return unknown, f"torch {torch.__version__} packs int4 in an unknown layout"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

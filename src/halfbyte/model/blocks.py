@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate import init_empty_weights
@@ -72,8 +72,11 @@ class Stage:
     experts: str | None = None
     """Name, within the block, of the experts module that reports this stage; None for linears."""
     experts_stage: str = ""
-    input_features: int = 0
-    """Input elements per token that a forward pass holds while it is paused at this stage."""
+
+    @classmethod
+    def of(cls, *linears: str) -> Self:
+        """Create the stage of dense linears that share an input."""
+        return cls(groups=(InputGroup(linears=linears),))
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -172,61 +175,44 @@ def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
         One stage for each linear that did not run, then the others in execution order. A block may
         read the weight of a linear without running it; rounded first, all later stages see it.
     """
-    linears = quantizable_linears(block)
     experts = {n: m for n, m in block.named_modules() if isinstance(m, UnfusedExperts)}
-    staged: set[str] = set()
-    stages: list[Stage] = []
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    inside = {
+        f"{n}.{name}"
+        for n, m in experts.items()
+        for s in m.stages().values()
+        for g in s
+        for name in g
+    }
+    linears = {n: m for n, m in quantizable_linears(block).items() if n not in inside}
+    found: set[str] = set()
+    sharing: dict[tuple[Any, ...], list[str]] = {}
     kept: list[Tensor] = []  # keeps the tensors alive, so that no address is reused
-    order: list[tuple[Any, ...] | Stage] = []
+    order: list[Stage | list[str]] = []
 
     def on_linear(name: str, inputs: tuple[Tensor, ...]) -> None:
-        if name in staged:
+        if name in found:  # it runs again, and stays with its first input
             return
+        found.add(name)
         tensor = inputs[0]
         kept.append(tensor)
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tensor._version)
-        if key not in groups:
-            groups[key] = []
-            order.append(key)
-        if name not in (n for names in groups.values() for n in names):
-            groups[key].append(name)
+        if key not in sharing:
+            sharing[key] = []
+            order.append(sharing[key])
+        sharing[key].append(name)
 
-    def on_experts(name: str, module: UnfusedExperts, stage: str, inputs: Any) -> None:
+    def on_experts(name: str, module: UnfusedExperts, stage: str, _inputs: Any) -> None:
         members = [tuple(f"{name}.{n}" for n in names) for names in module.stages()[stage]]
-        order.append(
-            Stage(
-                groups=tuple(InputGroup(linears=names) for names in members),
-                experts=name,
-                experts_stage=stage,
-                input_features=sum(get().numel() for get in inputs),
-            )
-        )
+        groups = tuple(InputGroup(linears=names) for names in members)
+        order.append(Stage(groups=groups, experts=name, experts_stage=stage))
 
     with ExitStack() as stack:
         for name, module in experts.items():
-            staged.update(f"{name}.{n}" for s in module.stages().values() for g in s for n in g)
             module.observer = partial(on_experts, name, module)
             stack.callback(setattr, module, "observer", None)
         for name, linear in linears.items():
             hook = linear.register_forward_pre_hook(lambda _, x, n=name: on_linear(n, x))
             stack.callback(hook.remove)
-        tokens = run_block()
-    for item in order:
-        if isinstance(item, Stage):
-            stages.append(_per_token(item, tokens))
-        elif groups[item]:
-            group = InputGroup(linears=tuple(groups[item]))
-            stages.append(Stage(groups=(group,), input_features=item[1][-1]))
-    seen = staged.union(*(set(g.linears) for s in stages for g in s.groups))
-    idle = [Stage(groups=(InputGroup(linears=(n,)),)) for n in linears if n not in seen]
-    return [*idle, *stages]
-
-
-def _per_token(stage: Stage, tokens: int) -> Stage:
-    return Stage(
-        groups=stage.groups,
-        experts=stage.experts,
-        experts_stage=stage.experts_stage,
-        input_features=-(-stage.input_features // max(tokens, 1)),
-    )
+        run_block()
+    stages = [entry if isinstance(entry, Stage) else Stage.of(*entry) for entry in order]
+    return [*(Stage.of(name) for name in linears if name not in found), *stages]

@@ -31,21 +31,13 @@ class Renaming:
         Args:
             model: A Transformers model; its parameters may be on the meta device.
         """
-        self._transforms: list[WeightTransform] = get_model_conversion_mapping(model)
-        self._renamings = [t for t in self._transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
+        self.transforms: list[WeightTransform] = get_model_conversion_mapping(model)
+        """All rules, in Transformers' order."""
+        self.converters = [t for t in self.transforms if isinstance(t, WeightConverter)]
+        """Those that merge or split tensors."""
+        self._renamings = [t for t in self.transforms if isinstance(t, WeightRenaming)]
         self._prefix = str(getattr(model, "base_model_prefix", ""))
         self._state: Mapping[str, object] = dict(model.state_dict())
-
-    @property
-    def transforms(self) -> list[WeightTransform]:
-        """All rules, in Transformers' order."""
-        return self._transforms
-
-    @property
-    def converters(self) -> list[WeightConverter]:
-        """Rules that merge or split tensors, in Transformers' order."""
-        return self._converters
 
     def model_key(self, disk_key: str, *, convert: bool) -> str:
         """Return the name in the model of a tensor on disk.
@@ -58,7 +50,7 @@ class Renaming:
         Returns:
             The name in the model; no such parameter needs to exist.
         """
-        converters = self._converters if convert else []
+        converters = self.converters if convert else []
         renamed, _ = rename_source_key(
             disk_key, self._renamings, converters, self._prefix, self._state
         )
@@ -77,9 +69,9 @@ class Renaming:
         """
         first = self.model_key(disk_key, convert=True)
         _, source = rename_source_key(
-            disk_key, self._renamings, self._converters, self._prefix, self._state
+            disk_key, self._renamings, self.converters, self._prefix, self._state
         )
-        rule = next((c for c in self._converters if source in c.source_patterns), None)
+        rule = next((c for c in self.converters if source in c.source_patterns), None)
         if rule is None:
             return [first]
         before, target, after = first.rpartition(rule.target_patterns[0])

@@ -171,10 +171,9 @@ class ModelWeights:
         Raises:
             CheckpointError: A tensor is missing; names it.
         """
-        mapped = self.device.type == "cpu"
-        infos = [self.files.infos[key] for key in self._outside_keys]
-        tensors = {i.name: map_tensor(i) for i in infos} if mapped else {}
-        if not mapped:
+        if self.device.type == "cpu":
+            tensors = {key: map_tensor(self.files.infos[key]) for key in self._outside_keys}
+        else:
             tensors = self.files.load(self._outside_keys)
         self._set_tensors(tensors)
         self.model.tie_weights()

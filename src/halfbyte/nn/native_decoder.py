@@ -332,9 +332,3 @@ def _find_deviation(model: PreTrainedModel) -> str | None:
         f"a {type(model).__name__} computes differently: hidden states have a relative deviation "
         f"of {deviation:.3f}, allowed are {MAX_DEVIATION}"
     )
-
-
-def cache_of(output: Any) -> Any:
-    """Return the KV cache in a model's output, which newer Transformers versions renamed."""
-    found = getattr(output, "cache", None)
-    return output.past_key_values if found is None else found

@@ -88,7 +88,7 @@ class CacheLayers:
     """Layers that cache the same amount per token."""
 
     kind: str
-    """"full", "sliding", or "none" for layers that keep a state of fixed size instead."""
+    """``FULL`` or ``SLIDING``."""
     count: int
     numbers_per_token: int
     window: int | None = None

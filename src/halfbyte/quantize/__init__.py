@@ -1,4 +1,9 @@
-"""Quantizes a model with GPTQ: calibration -> hessian -> grid -> gptq -> journal -> run.
+"""Quantizes a model with GPTQ.
+
+::
+
+    pipeline -> run: text, plan, journal -> attempt -> block_walk -> block_work -> rounding
+                                                    -> end_to_end_stage, head -> finish -> reload
 
 The package itself is callable: ``halfbyte.quantize(model, output, ...)`` calls
 :func:`halfbyte.quantize.pipeline.quantize`.

@@ -177,7 +177,6 @@ def tune_block(
         name: _Latent(*linear, dtype=linear_weight(modules[name]).dtype)
         for name, linear in linears.items()
     }
-    original = {name: module._parameters.pop("weight") for name, module in modules.items()}
     generator = torch.Generator().manual_seed(seed)
     queue: list[int] = []
     try:
@@ -203,9 +202,8 @@ def tune_block(
                         best_error = error
                         best = {name: latent.quantize() for name, latent in latents.items()}
     finally:
-        for name, module in modules.items():
+        for module in modules.values():
             module.__dict__.pop("weight", None)
-            module._parameters["weight"] = original[name]
     return BlockTuning(linears=best, before=before, after=best_error)
 
 
@@ -213,7 +211,8 @@ def _set_weights(modules: Mapping[str, nn.Module], latents: Mapping[str, _Latent
     """Set every linear's weight to its rounded latents, as part of the autograd graph."""
     for name, module in modules.items():
         weight = latents[name].weight()
-        # A plain attribute: a Parameter would cut the gradient off from the latents.
+        # A plain attribute, which is found before the module's parameter: another Parameter would
+        # cut the gradient off from the latents.
         module.__dict__["weight"] = weight.t() if isinstance(module, Conv1D) else weight
 
 

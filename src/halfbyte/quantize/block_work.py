@@ -108,13 +108,8 @@ class BlockWork:
         ids, hidden = load_batch(0)
         ids = ids[:1, :DISCOVERY_TOKENS]
         hidden = None if hidden is None else hidden[:1, :DISCOVERY_TOKENS]
-
-        def run() -> int:
-            self.stream.run(ids, hidden)
-            return ids.numel()
-
         with self.stream.at(index):
-            self.stages = find_stages(block, run)
+            self.stages = find_stages(block, lambda: self.stream.run(ids, hidden))
 
     def round_block(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfbyte.data import CALIBRATION_FILES, PROSE, calibration_documents
 from halfbyte.errors import CalibrationError
-from halfbyte.quant_config import CalibrationConfig
+from halfbyte.quant_config import MIN_TOKENS, CalibrationConfig
 from halfbyte.quantize.calibration_source import (
     CalibrationRow,
     CalibrationSource,
@@ -33,7 +33,6 @@ from halfbyte.quantize.calibration_source import (
 BUILT_IN = "built-in (prose, code, dialogue, languages, technical)"
 SHARE_OF_PROSE = 0.4
 """Fraction of prose in the built-in sequences; the other kinds share the rest evenly."""
-MIN_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

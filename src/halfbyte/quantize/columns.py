@@ -144,7 +144,15 @@ def find_kernel_obstacle(device: torch.device) -> str | None:
     feedback = feedback.to(device)
     try:
         _run_kernel(
-            start.clone(), start, found, errors, feedback, start, device_steps, groups, False
+            start.clone(),
+            start,
+            found,
+            errors,
+            feedback,
+            start,
+            device_steps,
+            groups,
+            polish=False,
         )
     except Exception as error:  # noqa: BLE001 - a run must not fail because Triton does
         return f"{type(error).__name__}: {first_line(error)}"
@@ -161,6 +169,7 @@ def _run_kernel(
     divisors: Tensor,
     steps: Steps,
     groups: Sequence[int] | Tensor,
+    *,
     polish: bool,
 ) -> None:
     from halfbyte.quantize.column_kernel import column_kernel

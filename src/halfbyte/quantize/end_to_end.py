@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +78,19 @@ class EndToEndData:
         held_out = set(self.held_out)
         return [batch for batch in range(self.num_batches) if batch not in held_out]
 
+    def sum_weights(self, batches: Sequence[int]) -> float:
+        """Return the total weight of all predictions in some batches."""
+        return sum(float(self.weights_of(batch, self.ids(batch)).sum()) for batch in batches)
+
+    def find_obstacle(self) -> str | None:
+        """Return why there is not enough text; None if there is."""
+        if not self.held_out:
+            return "too little text to hold some out"
+        for batches, purpose in ((self.training, "to train on"), (self.held_out, "held out")):
+            if not self.sum_weights(batches):
+                return f"none of the {len(batches)} batches {purpose} has a token with a label"
+        return None
+
 
 @dataclass(slots=True)
 class TuningState:
@@ -117,7 +130,7 @@ class EndToEndTuning:
         Args:
             chain: Runs the student's blocks.
             student: The quantized model.
-            data: The text and the base model's hidden states.
+            data: The text and the base model's hidden states, without an obstacle.
             path: File of the saved state.
             steps: Maximum number of training steps, one batch each.
             seed: Shuffles the batches.
@@ -127,8 +140,7 @@ class EndToEndTuning:
         self.steps, self.seed = steps, seed
         self.changes = {name: number.change for name, number in student.trainable.items()}
         self.best = {name: torch.zeros_like(change) for name, change in self.changes.items()}
-        weights = [float(data.weights_of(batch, data.ids(batch)).sum()) for batch in data.training]
-        self.mean_weight = sum(weights) / len(weights)
+        self.mean_weight = data.sum_weights(data.training) / len(data.training)
         """Mean total token weight of a batch. Gradients are relative to it, so that heavier batches
         count more: as in the held-out KL, the loss is a mean over tokens, not over batches."""
         self.state = TuningState(rate=RATE)

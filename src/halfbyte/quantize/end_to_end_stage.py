@@ -87,8 +87,9 @@ def tune_end_to_end(
         num_batches=len(batches),
         weights=None if token_weights is None else token_weights.__getitem__,
     )
-    if not data.held_out:
-        return EndToEndResult(notes=("not trained end to end: too little text to hold some out",))
+    obstacle = data.find_obstacle()
+    if obstacle is not None:
+        return EndToEndResult(notes=(f"not trained end to end: {obstacle}",))
     progress.phase("training scales and gains of the whole model")
     student = Student(
         weights,

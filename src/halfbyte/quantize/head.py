@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from halfbyte.model.blocks import InputGroup, Stage, linear_tensors
+from halfbyte.model.blocks import Stage, linear_tensors
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.rounding import RoundedLinear
@@ -28,7 +28,7 @@ def round_head(walk: BlockWalk, stream: str) -> tuple[list[RoundedLinear], list[
     if name is None:
         return [], ["the head was not quantized: the model has no separate head"]
     tied = head.weight is model.get_input_embeddings().weight
-    work.stages = [Stage(groups=(InputGroup(linears=(name,)),))]
+    work.stages = [Stage.of(name)]
     exact = {name: linear_tensors(head)}
     tasks, skipped = plan_tasks("", model, exact, work.config, work.weights.disk_name)
     if not tasks:

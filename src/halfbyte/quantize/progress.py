@@ -84,6 +84,7 @@ class _Position:
     start: float = field(default_factory=lambda: time.monotonic())
     phase: str = "starting"
     block: int | None = None
+    block_start: float = 0.0
     num_blocks: int = 0
     first_block: int | None = None
     first_block_start: float = 0.0
@@ -92,23 +93,30 @@ class _Position:
     """Step, steps, held-out KL now and at best."""
 
     def enter_block(self, index: int, count: int) -> None:
+        self.block, self.block_start, self.num_blocks = index, time.monotonic(), count
         if self.first_block is None:
-            self.first_block, self.first_block_start = index, time.monotonic()
-        self.block, self.num_blocks = index, count
+            self.first_block, self.first_block_start = index, self.block_start
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self.start
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Estimated time for the remaining blocks, from the pace of those done in this process."""
-        if self.block is None or self.first_block is None or self.block == self.first_block:
+    def seconds_left(self, *, block_done: bool = False) -> float | None:
+        """Estimate the time for the remaining blocks, from the pace of those done in this process.
+
+        The current block counts as remaining unless it is done.
+        """
+        if self.block is None or self.first_block is None or self.tuning is not None:
             return None
-        if self.tuning is not None:
+        now = time.monotonic()
+        next_block, its_start = (
+            (self.block + 1, now) if block_done else (self.block, self.block_start)
+        )
+        done = next_block - self.first_block
+        if not done:
             return None
-        done = self.block - self.first_block
-        return (time.monotonic() - self.first_block_start) / done * (self.num_blocks - self.block)
+        pace = (its_start - self.first_block_start) / done
+        return max(pace * (self.num_blocks - next_block) - (now - its_start), 0.0)
 
 
 class PlainProgress:
@@ -119,7 +127,8 @@ class PlainProgress:
         self._position = _Position()
         self._notes = _NoteFilter()
         self._modules: list[ModuleReport] = []
-        self._block_start = 0.0
+        self._start = 0.0
+        """Of the block or phase whose modules these are."""
 
     def started(self, plan: tuple[str, ...]) -> None:
         """Print the plan."""
@@ -129,13 +138,14 @@ class PlainProgress:
     def phase(self, name: str) -> None:
         """Print the phase, after the line of the last block."""
         self._end_block()
+        self._start = time.monotonic()
         self._print(f"{name} ({format_seconds(self._position.elapsed)})")
 
     def block_started(self, index: int, count: int) -> None:
         """Print the line of the block before."""
         self._end_block()
         self._position.enter_block(index, count)
-        self._block_start = time.monotonic()
+        self._start = self._position.block_start
 
     def module_done(self, module: ModuleReport) -> None:
         """Record the module for its block's line; print a new note immediately."""
@@ -157,15 +167,17 @@ class PlainProgress:
             return
         position = self._position
         worst = max(self._modules, key=lambda module: module.relative_error or 0.0)
-        where = f"block {(position.block or 0) + 1} of {position.num_blocks}"
+        is_head = worst.block is None
+        where = "head" if is_head else f"block {(position.block or 0) + 1} of {position.num_blocks}"
         parts = [
-            f"{where if worst.block is not None else 'head'}: {len(self._modules)} modules",
+            f"{where}: {len(self._modules)} modules",
             f"worst {worst.kind} {format_error(worst.relative_error)}",
-            format_seconds(time.monotonic() - self._block_start),
+            format_seconds(time.monotonic() - self._start),
+            format_bytes(resident_memory_bytes()),
         ]
-        parts.append(format_bytes(resident_memory_bytes()))
-        if position.seconds_left is not None:
-            parts.append(f"{format_seconds(position.seconds_left)} left")
+        left = position.seconds_left(block_done=True)
+        if left:
+            parts.append(f"{format_seconds(left)} left")
         self._print(", ".join(parts))
         self._modules = []
 
@@ -191,8 +203,8 @@ class LiveProgress:
         self._live.start()
 
     def phase(self, name: str) -> None:
-        """Show the phase."""
-        self._position.phase = name
+        """Show the phase, in place of training steps."""
+        self._position.phase, self._position.tuning = name, None
 
     def block_started(self, index: int, count: int) -> None:
         """Move the bar."""
@@ -219,8 +231,9 @@ class LiveProgress:
         done = position.block or 0
         where = "" if position.block is None else f"block {done + 1} of {position.num_blocks}"
         facts = [f"{format_seconds(position.elapsed)} elapsed"]
-        if position.seconds_left is not None:
-            facts.append(f"{format_seconds(position.seconds_left)} left")
+        left = position.seconds_left()
+        if left:
+            facts.append(f"{format_seconds(left)} left")
         facts.append(format_bytes(resident_memory_bytes()))
         total = position.num_blocks
         if position.tuning is not None:

@@ -164,14 +164,16 @@ class _Workload:
 
     @property
     def survey_tokens(self) -> int:
-        """Tokens of the sensitivity analysis; 0 if it is not needed."""
-        return min(BACKWARD_TOKENS, self.tokens) if self.config.chooses_bits else 0
+        """Tokens of the sensitivity analysis, chosen by ``select_batches``; 0 if not needed."""
+        chosen = self.tokens // max(1, self.tokens // BACKWARD_TOKENS)
+        return chosen if self.config.chooses_bits else 0
 
-    @property
-    def backward_tokens(self) -> int:
-        """Tokens per backward pass through the base model; 0 if none is needed."""
-        backward = self.config.chooses_bits or self.config.weigh_tokens
-        return min(BACKWARD_TOKENS, self.tokens) if backward else 0
+    def count_backward_tokens(self, batch_size: int) -> int:
+        """Tokens per backward pass of the base model, in whole batches; 0 if none is needed."""
+        if not (self.config.chooses_bits or self.config.weigh_tokens):
+            return 0
+        batch = batch_size * self.longest
+        return min(max(BACKWARD_TOKENS, batch, self.survey_tokens), self.tokens)
 
     @property
     def bytes_per_token(self) -> int:
@@ -309,8 +311,9 @@ def _batch_bytes(workload: _Workload, batch_size: int, free: int) -> tuple[int, 
         codes = sizes.block_numbers * workload.num_blocks
         keep_codes = whole + codes <= free
         peak = max(peak, whole + (codes if keep_codes else 0))
-    if workload.backward_tokens:
-        between = workload.backward_tokens * per_state * workload.num_blocks
+    backward_tokens = workload.count_backward_tokens(batch_size)
+    if backward_tokens:
+        between = backward_tokens * per_state * workload.num_blocks
         head = LOGITS_COPIES * 4 * workload.vocabulary * workload.longest
         peak = max(peak, between + head + training)
     return peak, keep_codes

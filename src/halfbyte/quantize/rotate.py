@@ -13,6 +13,7 @@ block, and a model is refused if a rotated block does not compute the same as be
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -152,8 +153,7 @@ class _Rotator:
             )
             self._write_metadata(report)
         except BaseException:
-            for path in self.target.iterdir():  # it was new or empty before
-                path.unlink()
+            shutil.rmtree(self.target, ignore_errors=True)  # it was new or empty before
             raise
         return report
 

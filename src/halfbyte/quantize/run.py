@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.device_fallbacks import find_device_fallbacks
 from halfbyte.quantize.end_to_end_stage import STATE_FILE
 from halfbyte.quantize.fingerprint import fingerprint_model
-from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.journal import SETTINGS, Journal
 from halfbyte.quantize.memory_fallback import (
     build_out_of_memory_error,
     is_out_of_memory,
@@ -44,8 +45,6 @@ from halfbyte.quantize.source import (
     check_something_to_do,
 )
 from halfbyte.version import __version__
-
-JOURNAL_VERSION = 2
 
 
 class Run:
@@ -179,7 +178,7 @@ class Run:
         return {
             "model": fingerprint_model(self.weights.files),
             "config": self.config.to_dict(),
-            "calibration": {**self.calibration.to_dict(), "digest": digest},
+            "calibration": {**asdict(self.calibration), "digest": digest},
             "resources": {"device": self.resources.device, "dtype": self.resources.dtype},
             "probe": probe,
             VERSIONS: {"halfbyte": __version__, "torch": torch.__version__},
@@ -192,7 +191,7 @@ class Run:
             self.journal.load()
         if self.journal.header:
             self.journal.check_same(inputs)
-            settings = RunSettings.from_dict(self.journal.header["settings"])
+            settings = RunSettings.from_dict(self.journal.header[SETTINGS])
             done = len(self.journal.blocks)
             self._note_fallbacks(settings)
             self.progress.started(
@@ -206,8 +205,7 @@ class Run:
         self._note_fallbacks(plan.settings)
         self.progress.started((*plan.lines(), *tokens.notes, *self.notes))
         plan.check_disk(self.journal.folder)
-        header = {"version": JOURNAL_VERSION, "inputs": inputs}
-        self.journal.start({**header, "settings": plan.settings.to_dict()})
+        self.journal.start({"inputs": inputs, SETTINGS: plan.settings.to_dict()})
         return plan.settings
 
     def _note_fallbacks(self, settings: RunSettings) -> None:

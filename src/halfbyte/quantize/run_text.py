@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 
 from halfbyte.evaluate.loading import load_tokenizer
@@ -88,7 +89,7 @@ def generated_text_path(
     Returns:
         The file, whose name has a hash of everything that determines its content.
     """
-    key = f"{fingerprint_model(weights.files)}{calibration.to_dict()}"
+    key = f"{fingerprint_model(weights.files)}{asdict(calibration)}"
     name = f"{KEPT_PREFIX}{SELF}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
     return folder / name
 
@@ -104,11 +105,17 @@ def _ensure_generated_text(
     """Generate the calibration text unless the folder has it from an earlier process."""
     path = generated_text_path(weights, calibration, folder)
     if not path.exists():
-        progress.phase("generating calibration text with the model")
+        phase = "generating calibration text with the model"
+        progress.phase(phase)
         with meter.timed("text"):
-            resolved, _ = resolve_dtype(dtype, weights.dtype, weights.device)
-            dtype_name = str(resolved).removeprefix("torch.")
-            sequences = generate_text(weights.folder, calibration, dtype=dtype_name)
+            compute_dtype, _ = resolve_dtype(dtype, weights.dtype, weights.device)
+            sequences = generate_text(
+                weights.folder,
+                calibration,
+                dtype=compute_dtype,
+                device=weights.device,
+                on_batch=lambda done, count: progress.phase(f"{phase}: {done} of {count}"),
+            )
         save_text(sequences, path)
-        release_memory()
+        release_memory(weights.device)
     return path

@@ -8,7 +8,7 @@ stored. The gradient treats that rounding as the identity (straight-through esti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.checkpoint.layout import FORMAT_V1, ZERO_OFFSETS
+from halfbyte.checkpoint.layout import FORMAT_V1, QUANTIZED_SUFFIXES, ZERO_OFFSETS
 from halfbyte.checkpoint.shards import read_shard
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import quantizable_linears
@@ -75,8 +75,6 @@ class _LoadedBlock:
     """Grid and codes uint8 [out, in] by name within the block."""
     gains: list[str]
     """Names of the norms' gains, within the block."""
-    emptied: dict[str, nn.Parameter]
-    """The linears' original, empty weight parameters, to be put back when the block is freed."""
 
 
 class Student:
@@ -125,46 +123,30 @@ class Student:
     @contextmanager
     def enter(self, index: int) -> Iterator[None]:
         """Set a block's weights, computed from the current trained values, within the context."""
-        with self._load(index) as block:
+        with self._load(index) as block, ExitStack() as stack:
             for module, (grid, codes) in block.linears.items():
                 scales = self.trainable[f"{self._disk_name(index, module)}.scales"].value()
                 weight = _ScaledCodes.apply(  # type: ignore[no-untyped-call]
                     scales, codes, grid.zeros, grid.g_idx, self.dtype
                 )
                 linear = block.module.get_submodule(module)
-                # A plain attribute, because a Parameter would detach the weight from the scales.
-                linear.__dict__["weight"] = weight.t() if isinstance(linear, Conv1D) else weight
-            replaced: list[tuple[nn.Module, nn.Parameter]] = []
+                stored = weight.t() if isinstance(linear, Conv1D) else weight
+                _set_weight(stack, linear, stored)
             for name in block.gains:
-                owner = block.module.get_submodule(name.removesuffix(".weight"))
-                replaced.append((owner, owner._parameters.pop("weight")))  # type: ignore[arg-type]
                 value = self.trainable[self._gain_name(index, name)].value()
-                owner.__dict__["weight"] = value.to(replaced[-1][1].dtype)
-            try:
-                yield
-            finally:
-                for module in block.linears:
-                    block.module.get_submodule(module).__dict__.pop("weight", None)
-                for owner, parameter in replaced:
-                    owner.__dict__.pop("weight", None)
-                    owner._parameters["weight"] = parameter
+                owner = block.module.get_submodule(name.removesuffix(".weight"))
+                _set_weight(stack, owner, value.to(block.module.get_parameter(name).dtype))
+            yield
 
     @contextmanager
     def enter_outside(self) -> Iterator[None]:
         """Set the trained values outside the blocks within the context."""
-        replaced = []
-        for name, parameter in self._outside_gains().items():
-            owner = self.weights.model.get_submodule(name)
-            replaced.append((owner, parameter))
-            owner._parameters.pop("weight")
-            value = self.trainable[f"{name}.weight"].value()
-            owner.__dict__["weight"] = value.to(parameter.dtype)
-        try:
+        with ExitStack() as stack:
+            for name, parameter in self._outside_gains().items():
+                value = self.trainable[f"{name}.weight"].value()
+                owner = self.weights.model.get_submodule(name)
+                _set_weight(stack, owner, value.to(parameter.dtype))
             yield
-        finally:
-            for owner, parameter in replaced:
-                owner.__dict__.pop("weight", None)
-                owner._parameters["weight"] = parameter
 
     def export_outside(self) -> dict[str, Tensor]:
         """Set the trained tensors outside the blocks in the model permanently.
@@ -209,8 +191,9 @@ class Student:
 
     def close(self) -> None:
         """Free the blocks' memory."""
-        for index in list(self._loaded):
-            self._drop(self._loaded.pop(index), index)
+        for index in self._loaded:
+            self.weights.drop_block(index)
+        self._loaded.clear()
 
     @contextmanager
     def _load(self, index: int) -> Iterator[_LoadedBlock]:
@@ -225,7 +208,7 @@ class Student:
         try:
             yield block
         finally:
-            self._drop(block, index)
+            self.weights.drop_block(index)
             release_memory()
 
     def _build(self, index: int) -> _LoadedBlock:
@@ -244,22 +227,16 @@ class Student:
                 if parameter is not None and parameter.is_meta and f"{name}.{key}" in tensors:
                     stored = tensors[f"{name}.{key}"].to(self.weights.device, self.dtype)
                     linear._parameters[key] = nn.Parameter(stored, requires_grad=False)
-        linears = {}
-        emptied = {}
-        for module, name in packed.items():
-            linears[module] = _unpack(
+        linears = {
+            module: _unpack(
                 {
                     suffix: tensors[f"{name}.{suffix}"].to(self.weights.device)
-                    for suffix in ("qweight", "qzeros", "scales", "g_idx")
+                    for suffix in QUANTIZED_SUFFIXES
                 }
             )
-            emptied[module] = block.get_submodule(module)._parameters.pop("weight")
-        return _LoadedBlock(module=block, linears=linears, gains=_gains(block), emptied=emptied)  # type: ignore[arg-type]
-
-    def _drop(self, block: _LoadedBlock, index: int) -> None:
-        for module, parameter in block.emptied.items():
-            block.module.get_submodule(module)._parameters["weight"] = parameter
-        self.weights.drop_block(index)
+            for module, name in packed.items()
+        }
+        return _LoadedBlock(module=block, linears=linears, gains=_gains(block))
 
     def _read(self, name: str) -> Tensor:
         """Read a tensor of the base model, which its block holds in the compute dtype."""
@@ -283,6 +260,16 @@ class Student:
             if seen_blocks and not inside and weight is not None and weight.dim() == 1:
                 found[name] = weight
         return found
+
+
+def _set_weight(stack: ExitStack, module: nn.Module, weight: Tensor) -> None:
+    """Set a module's weight until the stack is closed.
+
+    It becomes a plain attribute, which is found before the module's parameter: another Parameter
+    would detach it from the trained values.
+    """
+    module.__dict__["weight"] = weight
+    stack.callback(module.__dict__.pop, "weight")
 
 
 def _gains(block: nn.Module) -> list[str]:

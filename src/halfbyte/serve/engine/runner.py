@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
-from halfbyte.nn.native_decoder import cache_of
+from halfbyte.model.kv_cache import cache_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from halfbyte.errors import ConfigError, ModelError, ServeError, require_extra
+from halfbyte.model.kv_cache import cache_argument
 from halfbyte.nn.decoder_parts import make_probe_tokens
 from halfbyte.serve.engine.runner import Pages, Piece
 
@@ -56,8 +57,7 @@ class TransformersRunner:
         self.device = model.get_input_embeddings().weight.device
         self.reason = reason
         names = inspect.signature(model.forward).parameters
-        # Transformers 5.24 renames the argument and warns about the old name.
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._cache_name = cache_argument(model)
         self._has_logits_to_keep = "logits_to_keep" in names
         with torch.inference_mode():
             tokens = torch.tensor([make_probe_tokens(model, PROBE_TOKENS)])
