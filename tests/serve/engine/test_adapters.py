@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.serve.helpers_engine import (
     all_tokens,
     ask,
@@ -151,3 +153,65 @@ def test_unsuitable_adapters_are_rejected(folder, adapters, tmp_path, runner):
     assert "has no adapter_config.json" in str(errors[1])
     assert names == ("red",)
     assert len(answer) == 4
+
+
+def spoil(source, target, change):
+    """Copy an adapter, with a changed first tensor; None leaves the tensor out."""
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    tensors = load_file(target / "adapter_model.safetensors")
+    name = max(tensors)
+    changed = change(tensors.pop(name))
+    tensors |= {} if changed is None else {name: changed}
+    save_file(tensors, target / "adapter_model.safetensors")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensor: tensor[:, :2].contiguous(), "size mismatch for {}"),
+        (lambda tensor: None, "its file has no weights for {}"),
+    ],
+    ids=["other shape", "missing weights"],
+)
+def test_adapter_that_does_not_fit_leaves_no_trace(
+    folder, adapters, tmp_path, runner, change, reason
+):
+    name = spoil(adapters["red"], tmp_path, change).rpartition(".")[0]
+    requests = mixed_requests(3, seed=5, longest=20)
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            # First before PEFT has changed the model, then beside a loaded adapter.
+            answers = [await all_tokens(engine, requests)]
+            for loaded in ("red", "blue"):
+                with pytest.raises(ServeError) as caught:
+                    await engine.load_adapter("bad", str(tmp_path))
+                assert reason.format(name) in str(caught.value)
+                answers.append(await all_tokens(engine, requests))
+                await engine.load_adapter(loaded, str(adapters[loaded]))
+            # The same name, now with files that fit.
+            await engine.load_adapter("bad", str(adapters["blue"]))
+            request = ask([5, 6], 6, adapter="bad")
+            return answers, engine.adapters, await tokens_of(engine, request)
+
+    (before, *after), names, answer = asyncio.run(run())
+    assert after == [before, before]
+    assert names == ("red", "blue", "bad")
+    assert answer == expect(folder, adapters, "blue", [ask([5, 6], 6)])[0]
+
+
+def test_adapter_of_prompts_is_rejected(folder, tmp_path, runner):
+    settings = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(load_float32(folder), settings).save_pretrained(tmp_path)
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            before = await tokens_of(engine, ask([5], 4))
+            with pytest.raises(ServeError, match="PROMPT_TUNING changes prompts instead of layers"):
+                await engine.load_adapter("prompts", str(tmp_path))
+            return before, await tokens_of(engine, ask([5], 4)), engine.adapters
+
+    before, after, names = asyncio.run(run())
+    assert before == after
+    assert names == ()
