@@ -6,6 +6,7 @@ import re
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.helpers.adapters import load, write_adapter
 from tests.helpers.checkpoints import Recipe, build_model, tiny_llama_config, write_checkpoint
 from transformers import GPT2Config
@@ -14,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 import halfbyte
 from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.finetune import merge as merging
+from halfbyte.finetune.config import TrainConfig
 from halfbyte.finetune.merge import merge, merge_layers
 from halfbyte.finetune.merge_check import MergeReport, TaskScore, log_probs, mean_kl
+from halfbyte.finetune.train import finetune
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -197,6 +200,21 @@ def test_folder_that_is_no_adapter_is_refused(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ConfigError, match=r"(?s)Cannot put the adapter .* on .*[^.]\. Give the"):
         merge(base, tmp_path, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("use", ["merge", "start from it"])
+def test_adapter_whose_weights_have_other_names_is_refused(use, base, tmp_path, data):
+    adapter = write_adapter(base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    renamed = {name.replace("layers", "blocks"): v for name, v in load_file(file).items()}
+    save_file(renamed, file)
+    with pytest.raises(ConfigError, match=r"its file has no .*layers\.0.*lora_A.*weight\."):
+        if use == "merge":
+            merge(base, adapter, tmp_path / "out", device="cpu")
+        else:
+            config = TrainConfig(length=32)
+            finetune(base, tmp_path / "out", data=data, config=config, start_from=adapter)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_peft_refuses_to_merge_packed_codes(base, tmp_path):
