@@ -125,7 +125,7 @@ def load_adapter(subject: Subject, adapter: str | Path) -> Any:
 
 
 def _read_adapter(model: Any, folder: str | Path, *, is_trainable: bool = False) -> Any:
-    """Put a saved adapter on a model; PEFT only warns if its file lacks weights, or names others."""
+    """Put a saved adapter on a model; PEFT only warns if its file lacks weights."""
     import peft
 
     with warnings.catch_warnings():
