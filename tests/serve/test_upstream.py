@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import math
 import time
 from contextlib import aclosing
@@ -344,8 +345,10 @@ def test_unreachable_upstream_is_logged_at_the_start(caplog):
 
 
 def test_addresses_are_checked():
-    with pytest.raises(ConfigError, match="'localhost:8000' is not the address"):
-        UpstreamBackend.open(["localhost:8000"])
+    for address in ("localhost:8000", "http://", "http://[::1/v1", "http://h:x/v1", "http://h:0"):
+        with pytest.raises(ConfigError, match=rf"'{re.escape(address)}' is not the address"):
+            UpstreamBackend.open([address])
+    assert UpstreamBackend.open(["http://[::1]:8000/v1"]).name == "[::1]:8000"
     with pytest.raises(ConfigError, match="No upstream"):
         UpstreamBackend.open([])
     assert UpstreamBackend.open(["http://h:1/v1/#name"]).models == ("name",)

@@ -202,3 +202,5 @@ def test_config_names_the_invalid_field():
         QualityConfig(idle_timeout=0)
     with pytest.raises(ValueError, match="shadow_share is 0; it must be a share, above 0"):
         QualityConfig(shadow_share=0)
+    with pytest.raises(ValueError, match=r"webhook is 'http://\[::1/hook'; it must be an address"):
+        QualityConfig(webhook="http://[::1/hook")
