@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import re
 import math
+import re
 import time
 from contextlib import aclosing
 from dataclasses import replace
