@@ -18,6 +18,7 @@ from halfbyte.errors import ServeError
 from halfbyte.serve.backend import Backend, Call, Event, Served
 from halfbyte.serve.fault import Fault
 from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.rollout.store_models import find_current
 from halfbyte.serve.routing.attempt import Attempt, HoldBack, Route
 from halfbyte.serve.routing.breaker import CircuitBreaker, Clock
 from halfbyte.serve.routing.budget import FallbackBudget, RetryBudget
@@ -98,6 +99,11 @@ class Router:
     def routes(self) -> list[Route]:
         """All models: the primary, the canary if there is one, the fallbacks."""
         return [self._primary, *([self._canary] if self._canary else []), *self._fallbacks]
+
+    @property
+    def primary(self) -> Backend:
+        """The backend that takes the primary model's new requests; a swap may replace it."""
+        return find_current(self._primary.backend)
 
     def add_observer(self, observer: Observer) -> None:
         """Call another observer with each finished request."""
