@@ -155,7 +155,7 @@ class Quality:
             self.shadow = Shadow(
                 candidate,
                 config,
-                name=config.shadow,
+                name=" ".join(filter(None, (config.shadow, getattr(candidate, "version", "")))),
                 alarm=lambda message: self.alerts.report_event("shadow", message),
                 clock=self._clock,
             )
