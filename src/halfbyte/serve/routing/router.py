@@ -179,7 +179,7 @@ class Router:
                 attempt = None
                 blocked_by = self._acquire(route, observation.attempts)
                 if blocked_by:
-                    served.notes.append(f"{route.role} {route.name} not asked: {blocked_by}")
+                    log.info("%s: %s not asked: %s", call.id, route.name, blocked_by)
                     cause = blocked_by if cause in ("", CRITICAL) else cause
                     continue
                 # An error of a later model hides neither the first one's error nor its answer.
@@ -211,7 +211,6 @@ class Router:
                     await unfinished.close()
             raise
         if kept is not None:
-            served.notes.append(f"{cause}, and no other model could answer")
             served.reason = self._find_reason(kept.route, routes, "")
             # The last attempt is the answer.
             observation.attempts.remove(kept.record)
