@@ -10,7 +10,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
-from tests.helpers.stores import write_folder, write_verdict
+from tests.helpers.stores import make_champion_and_candidate
 from tests.helpers.tiny_llama import build_tokenizer
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
 from tests.serve.helpers_scripted import ScriptedEngine
@@ -28,7 +28,6 @@ from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_mode
 from halfbyte.serve.routing import spending_file
 from halfbyte.serve.watch import alerts as alerts_module
 from halfbyte.serve.watch import health
-from halfbyte.store.store import Store
 
 GOOD = answer("a good answer of several words")
 NEW = answer("the new model's good answer")
@@ -169,13 +168,7 @@ def test_bad_candidate_is_closed_and_not_opened_after_a_restart(tmp_path):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    store = Store(tmp_path / "store")
-    for seed in (0, 1):
-        store.add(write_folder(tmp_path / str(seed), seed), "tiny")
-    first, second = store.history("tiny").versions
-    store.judge(f"tiny@{first}", write_verdict(tmp_path / "v.json", "pass"))
-    store.promote(f"tiny@{first}")
-    store.promote(f"tiny@{second}", "candidate")
+    store = make_champion_and_candidate(tmp_path)
     monkeypatch.setenv("HALFBYTE_STORE", str(store.backend.root))
     return store
 
