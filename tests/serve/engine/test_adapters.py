@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ pytestmark = [
     # PEFT calls what Transformers has deprecated.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
 ]
 
@@ -199,6 +202,72 @@ def test_adapter_that_does_not_fit_leaves_no_trace(
     assert after == [before, before]
     assert names == ("red", "blue", "bad")
     assert answer == expect(folder, adapters, "blue", [ask([5, 6], 6)])[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": list(range(3, 200))},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm", "lm_head"]},
+    ],
+    ids=lambda settings: list(settings)[-1],
+)
+def test_adapter_outside_of_the_blocks_leaves_the_base_as_it_is(folder, tmp_path, runner, settings):
+    model = peft.get_peft_model(
+        load_float32(folder), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) / 3
+    model.save_pretrained(tmp_path)
+    requests = mixed_requests(4, seed=5, longest=20)
+    adapted = [replace(request, adapter="x") for request in requests]
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            before = await all_tokens(engine, requests)
+            await engine.load_adapter("x", str(tmp_path))
+            found = await all_tokens(engine, adapted)
+            return before, found, await all_tokens(engine, requests)
+
+    before, found, after = asyncio.run(run())
+    assert found == expect(folder, {"x": tmp_path}, "x", requests)
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "its initialization 'pissa' changes the base"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "it repeats layers"),
+        ({}, "its file replaces model.norm.weight of the base"),
+    ],
+    ids=["initialization", "layer replication", "other weights"],
+)
+def test_adapter_that_would_change_the_base_is_rejected(
+    folder, adapters, tmp_path, runner, settings, reason
+):
+    spoil(adapters["red"], tmp_path, lambda tensor: tensor)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    if not settings:
+        tensors["base_model.model.model.norm.weight"] = torch.full((64,), 3.0)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    requests = mixed_requests(3, seed=5, longest=20)
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            before = await all_tokens(engine, requests)
+            with pytest.raises(ServeError, match=reason) as caught:
+                await engine.load_adapter("x", str(tmp_path))
+            return caught.value.code, engine.adapters, before, await all_tokens(engine, requests)
+
+    code, names, before, after = asyncio.run(run())
+    assert (code, names) == ("invalid_adapter", ())
+    assert after == before
 
 
 def test_adapter_of_prompts_is_rejected(folder, tmp_path, runner):

@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
-from halfbyte.errors import ConfigError, ModelError, ServeError, require_extra
+from halfbyte.checkpoint.labels import ADAPTER_CONFIG
+from halfbyte.errors import ConfigError, HalfbyteError, ModelError, ServeError, require_extra
 from halfbyte.nn.decoder_parts import make_probe_tokens
+from halfbyte.serve.engine.adapter_check import WEIGHTS_FILE, find_base_change
 from halfbyte.serve.engine.runner import Pages, Piece
 
 ATTENTION = "halfbyte_pages"
@@ -116,7 +118,7 @@ class TransformersRunner:
                 status=409,
                 code="adapter_exists",
             )
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for file in (ADAPTER_CONFIG, WEIGHTS_FILE):
             if not (Path(folder) / file).is_file():
                 raise ServeError(
                     f"Cannot load {name}: its folder has no {file}. Save the adapter with PEFT's "
@@ -127,7 +129,7 @@ class TransformersRunner:
             import peft  # noqa: F401 - checked before the model is changed
         try:
             self._insert_adapter(name, folder)
-        except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        except (HalfbyteError, ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
             # PEFT may have inserted its layers and loaded a part of the weights into them.
             self._remove_adapter(name)
             raise ServeError(
@@ -148,6 +150,8 @@ class TransformersRunner:
         settings = PeftConfig.from_pretrained(folder)
         if settings.is_prompt_learning:
             raise ValueError(f"{settings.peft_type.value} changes prompts instead of layers")
+        if change := find_base_change(self.model, Path(folder), settings):
+            raise ValueError(change)
         settings.inference_mode = True
         if self._peft_model is None:
             # PEFT inserts its layers into self.model, which is still the one to run.
