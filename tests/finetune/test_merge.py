@@ -202,6 +202,21 @@ def test_folder_that_is_no_adapter_is_refused(base, tmp_path):
         merge(base, tmp_path, tmp_path / "out", device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"lora_bias": True}, r"with biases \(lora_bias\): the model's linears have none"),
+        ({"layer_replication": [(0, 1), (0, 2)]}, r"it repeats layers .*\(layer_replication\)\."),
+    ],
+)
+def test_adapter_that_needs_another_architecture_is_refused(base, tmp_path, settings, reason):
+    adapter = write_adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(ConfigError, match=reason):
+        merge(base, adapter, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapter_whose_weights_have_other_names_is_refused(base, tmp_path, data):
     adapter = write_adapter(base, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"

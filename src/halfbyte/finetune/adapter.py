@@ -128,6 +128,8 @@ def _read_adapter(model: Any, folder: str | Path, *, is_trainable: bool = False)
     """Put a saved adapter on a model; PEFT only warns if its file lacks weights."""
     import peft
 
+    if getattr(peft.PeftConfig.from_pretrained(str(folder)), "layer_replication", None):
+        raise ValueError("it repeats layers of the model (layer_replication)")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", MISSING_WEIGHTS)
         try:
