@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.serve.backend import Call, Delta, Event, Finish, Load, Served, Usage
-from halfbyte.serve.quality import Quality, open_quality
+from halfbyte.serve.quality import Quality
 from halfbyte.serve.quality_config import QualityConfig
 from record import save_result
 
@@ -98,7 +98,7 @@ async def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
         ),
     }
     arms = {
-        name: (open_quality(backend, QualityConfig(**values), lambda _: ReadyBackend()), stream)
+        name: (Quality(backend, QualityConfig(**values), lambda _: ReadyBackend()), stream)
         for name, (values, stream) in settings.items()
     }
     found: dict[str, list[float]] = {name: [] for name in arms}

@@ -6,6 +6,7 @@ import re
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.helpers.adapters import load, write_adapter
 from tests.helpers.checkpoints import Recipe, build_model, tiny_llama_config, write_checkpoint
 from transformers import GPT2Config
@@ -14,8 +15,10 @@ from transformers.pytorch_utils import Conv1D
 import halfbyte
 from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.finetune import merge as merging
+from halfbyte.finetune.config import TrainConfig
 from halfbyte.finetune.merge import merge, merge_layers
 from halfbyte.finetune.merge_check import MergeReport, TaskScore, log_probs, mean_kl
+from halfbyte.finetune.train import finetune
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -199,6 +202,34 @@ def test_folder_that_is_no_adapter_is_refused(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(ConfigError, match=r"(?s)Cannot put the adapter .* on .*[^.]\. Give the"):
         merge(base, tmp_path, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"lora_bias": True}, r"with biases \(lora_bias\): the model's linears have none"),
+        ({"layer_replication": [(0, 1), (0, 2)]}, r"it repeats layers .*\(layer_replication\)\."),
+    ],
+)
+def test_adapter_that_needs_another_architecture_is_refused(base, tmp_path, settings, reason):
+    adapter = write_adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(ConfigError, match=reason):
+        merge(base, adapter, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_whose_weights_have_other_names_is_refused(base, tmp_path, data):
+    adapter = write_adapter(base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    renamed = {name.replace("layers", "blocks"): v for name, v in load_file(file).items()}
+    save_file(renamed, file)
+    reason, config = r"its file has no .*layers\.0.*lora_A.*weight\.", TrainConfig(length=32)
+    with pytest.raises(ConfigError, match=reason):
+        merge(base, adapter, tmp_path / "out", device="cpu")
+    with pytest.raises(ConfigError, match=reason):
+        finetune(base, tmp_path / "out", data=data, config=config, start_from=adapter)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_peft_refuses_to_merge_packed_codes(base, tmp_path):

@@ -48,6 +48,18 @@ def write_verdict(path: Path, verdict: str) -> Path:
     return path
 
 
+def make_champion_and_candidate(tmp_path: Path) -> Store:
+    """A store with two versions of "tiny": the first is the champion, the second the candidate."""
+    store = Store(tmp_path / "store")
+    for seed in (0, 1):
+        store.add(write_folder(tmp_path / str(seed), seed), "tiny")
+    first, second = store.history("tiny").versions
+    store.judge(f"tiny@{first}", write_verdict(tmp_path / "v.json", "pass"))
+    store.promote(f"tiny@{first}")
+    store.promote(f"tiny@{second}", "candidate")
+    return store
+
+
 WORKER = """
 import random, sys
 from halfbyte.errors import StoreError

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from halfbyte.judge import bootstrap
 from halfbyte.judge.bootstrap import bootstrap_ratio
 
 
@@ -35,3 +37,17 @@ def test_bootstrap_of_one_constant_is_certain_and_of_few_documents_is_none():
     assert (boot.interval(0.9).low, boot.interval(0.9).high) == (0, 0)
     assert (boot.p_value_above(0.05), boot.p_value_below(0.05)) == (1.0, 0.0)
     assert bootstrap_ratio([1.0] * 15, [1] * 15) is None
+
+
+def test_memory_does_not_grow_with_the_resamples(monkeypatch):
+    totals = np.random.default_rng(7).normal(3, 1, 20_000)
+    counts = [100] * len(totals)
+    tracemalloc.start()
+    found = bootstrap_ratio(totals, counts, resamples=300)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A number for each draw: 48 MB.
+    assert peak < 70e6
+    monkeypatch.setattr(bootstrap, "DRAWN_AT_ONCE", 10**9)
+    at_once = bootstrap_ratio(totals, counts, resamples=300)
+    np.testing.assert_array_equal(found.studentized, at_once.studentized)

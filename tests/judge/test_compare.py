@@ -278,6 +278,21 @@ def test_different_tokenizer_is_rejected(run, make_candidate, base):
     build_tokenizer(shift=3).save_pretrained(candidate)
     with pytest.raises(ConfigError, match=r"encode item .* differently"):
         run(candidate)
+    with pytest.raises(ConfigError, match=r"token \d+ is 'w\d+' in one and 'w\d+' in the other"):
+        run(candidate, items=[])
+
+
+def test_noise_floor_is_that_of_its_batch_size(base, run, config):
+    assert run(base).noise.num_items == 10
+    other = run(base, config=dataclasses.replace(config, batch_size=3, noise_items=5)).noise
+    assert (other.num_items, other.batch_size) == (5, 4)
+
+
+def test_cost_counts_tokens_of_text(base, run, config):
+    result = run(base, items=[], config=dataclasses.replace(config, edge_cases=False))
+    for cost in result.costs:
+        assert cost.tokens >= result.text.num_tokens
+        assert cost.peak_memory_bytes
 
 
 def test_folder_without_a_model_is_named(run, tmp_path):

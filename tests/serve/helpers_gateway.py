@@ -10,6 +10,7 @@ from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.keys import ApiKeys
+from halfbyte.serve.routing.router import Router
 
 SECRET = "s3cret-of-ann"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -24,6 +25,7 @@ def make_gateway(config=None, keys=(), adapters=None, **engine):
     control = None if adapters is None else AdapterFolder(adapters, lambda: backend)
     gateway = Gateway(
         backend=backend,
+        router=Router(backend),
         config=config,
         keys=ApiKeys.parse(keys),
         adapters=control,

@@ -70,8 +70,6 @@ class ScriptedEngine:
             running=self.running,
             waiting=0,
             cache_used_bytes=0,
-            prefix_queries=0,
-            prefix_hits=0,
             restarts=0,
         )
 

@@ -20,7 +20,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.keys import ApiKeys
-from halfbyte.serve.quality import open_quality
+from halfbyte.serve.quality import Quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.adapter_transfer import transfer_adapters
 from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model
@@ -111,7 +111,7 @@ def test_promoted_candidate_takes_over_the_adapters(candidate, caplog):
         return made[-1]
 
     config = QualityConfig(canary="new", canary_share=0.5)
-    quality = open_quality(primary, config, connect)
+    quality = Quality(primary, config, connect)
 
     async def run():
         await primary.load_adapter("red", "/adapters/red")

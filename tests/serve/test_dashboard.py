@@ -18,7 +18,7 @@ from tests.serve.helpers_servers import serving
 import halfbyte.serve.dashboard as dashboard
 from halfbyte.errors import ServeError
 from halfbyte.serve.dashboard.routes import DATA, OPEN_PATHS, dashboard_routes
-from halfbyte.serve.quality import open_quality
+from halfbyte.serve.quality import Quality
 from halfbyte.serve.quality_config import QualityConfig
 
 KEY = "secret-of-the-test"
@@ -47,7 +47,7 @@ def make_quality(tmp_path):
         fallback=("large",), canary="new", shadow="shade", shadow_share=0.5,
         probes=str(tmp_path / "probes.jsonl"), breaker_failures=1000, canary_alpha=0.001,
     )  # fmt: skip
-    quality = open_quality(
+    quality = Quality(
         ScriptedBackend("small", primary, models=("smol-4bit",), version="a" * 64),
         config,
         places.get,

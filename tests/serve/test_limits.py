@@ -17,6 +17,7 @@ from halfbyte.errors import ServeError
 from halfbyte.serve.backend import Delta, Finish, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.limits import Limits
+from halfbyte.serve.routing.router import Router
 
 
 def test_limits_are_counted_per_key():
@@ -131,8 +132,9 @@ def test_endless_body_of_a_rejected_request_is_cut_off(monkeypatch):
                 time.sleep(0.5)
 
 
-class Flood:
-    def __init__(self, pieces, characters):
+class Flood(Router):
+    def __init__(self, backend, pieces, characters):
+        super().__init__(backend)
         self.pieces, self.characters = pieces, characters
 
     async def stream(self, call, served):
@@ -147,7 +149,7 @@ def flooded(monkeypatch, *flood):
     """A client to whom a long stream is sent, and the gateway that sends it."""
     monkeypatch.setattr("halfbyte.serve.api.connection.READ_SECONDS", 0.3)
     gateway, _ = make_gateway()
-    gateway.router = Flood(*flood)
+    gateway.router = Flood(gateway.backend, *flood)
     body = json.dumps(CHAT | {"stream": True}).encode()
     with serve(gateway) as server:
         address = ("127.0.0.1", int(server.address.rpartition(":")[2]))

@@ -14,7 +14,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.metrics import Histogram, Metrics
-from halfbyte.serve.quality import open_quality
+from halfbyte.serve.quality import Quality
 from halfbyte.serve.quality_config import QualityConfig
 
 
@@ -45,7 +45,7 @@ class Ticking:
 
 def test_latencies_tokens_and_finish_reasons_are_counted():
     clock = Clock()
-    quality = open_quality(
+    quality = Quality(
         Ticking(clock, answer("one two three")), QualityConfig(), pytest.fail, clock=clock
     )
     for _ in range(4):
@@ -74,7 +74,7 @@ def test_tokens_that_arrive_together_share_the_time():
         Finish(),
         Usage(prompt_tokens=5, completion_tokens=3),
     ]
-    quality = open_quality(Ticking(clock, pieces), QualityConfig(), pytest.fail, clock=clock)
+    quality = Quality(Ticking(clock, pieces), QualityConfig(), pytest.fail, clock=clock)
     asyncio.run(collect(quality.router, make_call()))
     found = scrape(quality.metrics)
     assert found("inter_token_latency_seconds_count", "small") == 2
@@ -85,7 +85,7 @@ def test_fallbacks_failures_and_rejections_are_counted_by_cause():
     backends = {"large": ScriptedBackend("large", answer("larger"), models=("big",))}
     small = ScriptedBackend("small", [failure()])
     config = QualityConfig(fallback=("large",), breaker_failures=2)
-    quality = open_quality(small, config, backends.pop)
+    quality = Quality(small, config, backends.pop)
     for _ in range(3):
         asyncio.run(collect(quality.router, make_call()))
     asyncio.run(collect(quality.router, make_call(tags=["critical"])))
@@ -114,7 +114,7 @@ def test_models_have_unique_names_and_all_count_as_memory():
             return Load(weight_bytes=100, cache_bytes=50)
 
     config = QualityConfig(fallback=("a", "b"), canary="c", shadow="d")
-    quality = open_quality(Heavy("here", []), config, lambda place: Heavy("here", []))
+    quality = Quality(Heavy("here", []), config, lambda place: Heavy("here", []))
     names = [route.name for route in quality.router.routes]
     assert names == ["here", "here-canary", "here-fallback", "here-fallback1"]
     assert len(set(names)) == len(names)

@@ -31,6 +31,7 @@ from tests.serve.helpers_text import make_tokenizer
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
+from halfbyte.serve.routing.router import Router
 
 # Or pytest would collect what only is called so.
 TestRunner.__test__ = False
@@ -129,7 +130,7 @@ def server():
     config = ServeConfig(default_max_tokens=100)
     engine = ScriptedEngine(tokenizer=tokenizer, script=script, context=4096)
     backend = EmbeddedBackend(engine, tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=backend, config=config)) as running:
+    with serve(Gateway(backend=backend, router=Router(backend), config=config)) as running:
         yield running
     assert running.gateway.limits.running == 0
     assert engine.running == 0

@@ -85,7 +85,11 @@ def test_simultaneous_events_are_sent_as_one_piece(together):
     engine = ScriptedEngine(tokenizer=tokenizer, script=script, together=together)
     backend = EmbeddedBackend(engine, tokenizer, model="m", config=ServeConfig())
     pieces = []
-    asyncio.run(stream_to(Gateway(backend=backend, config=ServeConfig()), pieces.append))
+    asyncio.run(
+        stream_to(
+            Gateway(backend=backend, router=Router(backend), config=ServeConfig()), pieces.append
+        )
+    )
     tokens = len(tokenizer("one two three", add_special_tokens=False)["input_ids"])
     # The prompt that has been read comes first, and says nothing alone; the end goes with the last.
     assert len(pieces) == {1: tokens + 1, 4: -(-(tokens + 2) // 4), 99: 1}[together]

@@ -10,7 +10,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
-from tests.helpers.stores import write_folder, write_verdict
+from tests.helpers.stores import make_champion_and_candidate
 from tests.helpers.tiny_llama import build_tokenizer
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
 from tests.serve.helpers_scripted import ScriptedEngine
@@ -20,7 +20,7 @@ from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.backend import Call
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
-from halfbyte.serve.quality import open_quality
+from halfbyte.serve.quality import Quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout import evidence
 from halfbyte.serve.rollout.evidence import EvidenceFile
@@ -28,7 +28,6 @@ from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_mode
 from halfbyte.serve.routing import spending_file
 from halfbyte.serve.watch import alerts as alerts_module
 from halfbyte.serve.watch import health
-from halfbyte.store.store import Store
 
 GOOD = answer("a good answer of several words")
 NEW = answer("the new model's good answer")
@@ -94,7 +93,7 @@ def test_fallback_budget_survives_a_restart_and_expires(tmp_path, monkeypatch):
 
         async def run():
             small = ScriptedBackend("small", GOOD)
-            quality = open_quality(small, config, connect, clock=Clock(day[0] % 977))
+            quality = Quality(small, config, connect, clock=Clock(day[0] % 977))
             call = make_call(tags=["critical"])
             told = [(await collect(quality.router, call))[1].reason for _ in range(count)]
             if killed:  # what is on the disk by then has to do
@@ -124,7 +123,7 @@ def test_fallback_budget_survives_a_restart_and_expires(tmp_path, monkeypatch):
 def test_good_candidate_replaces_the_primary(tmp_path):
     connect, made = opening(new=NEW)
     old = ScriptedBackend("old", GOOD)
-    quality = open_quality(old, wide(tmp_path, canary="new"), connect)
+    quality = Quality(old, wide(tmp_path, canary="new"), connect)
 
     async def run():
         await quality.start()
@@ -143,7 +142,7 @@ def test_good_candidate_replaces_the_primary(tmp_path):
     assert 'halfbyte:alerts_raised_total{name="canary promoted"} 1.0' in metrics
     assert made["new"].closed
     # After a restart the same candidate is asked first at once.
-    again = open_quality(ScriptedBackend("old", GOOD), wide(tmp_path, canary="new"), connect)
+    again = Quality(ScriptedBackend("old", GOOD), wide(tmp_path, canary="new"), connect)
 
     async def once():
         await again.start()
@@ -157,25 +156,19 @@ def test_good_candidate_replaces_the_primary(tmp_path):
 def test_bad_candidate_is_closed_and_not_opened_after_a_restart(tmp_path):
     connect, made = opening(new=[failure()])
     old = ScriptedBackend("old", GOOD)
-    quality = open_quality(old, wide(tmp_path, canary="new"), connect)
+    quality = Quality(old, wide(tmp_path, canary="new"), connect)
     asyncio.run(ask_until(quality, lambda: quality.canary.status != "running"))
     assert quality.canary.status == "rolled back"
     assert made.pop("new").closed
     assert not old.closed
-    again = open_quality(old, wide(tmp_path, canary="new"), connect)
+    again = Quality(old, wide(tmp_path, canary="new"), connect)
     assert made == {}
     assert again.snapshot()["canary"]["status"] == "rolled back"
 
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    store = Store(tmp_path / "store")
-    for seed in (0, 1):
-        store.add(write_folder(tmp_path / str(seed), seed), "tiny")
-    first, second = store.history("tiny").versions
-    store.judge(f"tiny@{first}", write_verdict(tmp_path / "v.json", "pass"))
-    store.promote(f"tiny@{first}")
-    store.promote(f"tiny@{second}", "candidate")
+    store = make_champion_and_candidate(tmp_path)
     monkeypatch.setenv("HALFBYTE_STORE", str(store.backend.root))
     return store
 
@@ -186,7 +179,7 @@ def test_trial_of_a_version_is_recorded_in_the_store(tmp_path, store, good):
     connect, made = opening(**{second: NEW if good else [failure()]})
     old = ScriptedBackend("old", GOOD)
     primary = StoreBackend(resolve_store_model("store:tiny"), old, connect, poll_seconds=0.02)
-    quality = open_quality(primary, wide(tmp_path, canary="store:tiny@candidate"), connect)
+    quality = Quality(primary, wide(tmp_path, canary="store:tiny@candidate"), connect)
 
     async def run():
         await quality.start()
@@ -206,7 +199,7 @@ def test_trial_of_a_version_is_recorded_in_the_store(tmp_path, store, good):
     # Opened once: the model that was tried is the one that goes on.
     assert len(made) == 1
     assert next(iter(made.values())).closed
-    restarted = open_quality(
+    restarted = Quality(
         StoreBackend(resolve_store_model("store:tiny"), old, connect),
         wide(tmp_path, canary="store:tiny@candidate"),
         connect,
@@ -229,7 +222,7 @@ def test_alerts_reach_a_webhook_and_a_broken_one_slows_nothing(monkeypatch):
     loop = answer("again and again " + "so it goes " * 12)
     with serving(Starlette(routes=[Route("/hook", hook, methods=["POST"])])) as address:
         config = QualityConfig(webhook=address + "/hook")
-        quality = open_quality(ScriptedBackend("small", loop), config, pytest.fail)
+        quality = Quality(ScriptedBackend("small", loop), config, pytest.fail)
 
         async def run():
             await quality.start()
@@ -241,7 +234,7 @@ def test_alerts_reach_a_webhook_and_a_broken_one_slows_nothing(monkeypatch):
     assert [(one["name"], one["state"]) for one in got] == [("repetition", "raised")]
     assert "100% of the last 32 answers" in got[0]["message"]
     # Nobody listens any more.
-    quality = open_quality(ScriptedBackend("small", loop), config, pytest.fail)
+    quality = Quality(ScriptedBackend("small", loop), config, pytest.fail)
     start = time.perf_counter()
 
     async def again():
@@ -264,7 +257,7 @@ def test_all_features_work_together(tmp_path):
         oracle_share=1.0, probes=str(tmp_path / "probes.jsonl"), evidence=str(tmp_path / "e"),
         request_log=str(tmp_path / "log.sqlite"),
     )  # fmt: skip
-    quality = open_quality(ScriptedBackend("small", GOOD), config, connect)
+    quality = Quality(ScriptedBackend("small", GOOD), config, connect)
 
     async def run():
         await quality.start()
@@ -288,7 +281,7 @@ def test_all_features_work_together(tmp_path):
 def test_memory_alert_is_cleared_when_the_memory_is_free_again(monkeypatch):
     clock, used = Clock(), [3e9]
     monkeypatch.setattr(health, "resident_memory_bytes", lambda: used[0])
-    quality = open_quality(ScriptedBackend("small", GOOD), QualityConfig(), None, clock=clock)
+    quality = Quality(ScriptedBackend("small", GOOD), QualityConfig(), None, clock=clock)
     quality.metrics.set_plan(total=10**9)
 
     def alerts_after_a_request():
@@ -309,7 +302,7 @@ def test_dead_model_used_up_budget_and_high_memory_raise_alerts():
         fallback=("larger",), breaker_seconds=600.0, fallback_requests_per_minute=20
     )
     small = ScriptedBackend("small", [failure()])
-    quality = open_quality(small, config, connect, clock=clock)
+    quality = Quality(small, config, connect, clock=clock)
     quality.metrics.set_plan(total=1000)
 
     async def run():
@@ -329,9 +322,7 @@ def test_dead_model_used_up_budget_and_high_memory_raise_alerts():
 
 def test_alert_of_a_candidate_is_cleared_with_the_candidate():
     clock = Clock()
-    quality = open_quality(
-        ScriptedBackend("small", GOOD), QualityConfig(), opening()[0], clock=clock
-    )
+    quality = Quality(ScriptedBackend("small", GOOD), QualityConfig(), opening()[0], clock=clock)
     always = SimpleNamespace(pick=lambda call: True)
 
     async def run():
@@ -355,7 +346,7 @@ def test_engine_failure_in_mid_answer_falls_back(tmp_path):
     tokenizer = build_tokenizer()
     engine = ScriptedEngine(tokenizer=tokenizer, script={"": "w1 w2 w3 w4 w5 w6"}, fail_after=3)
     backend = EmbeddedBackend(engine, tokenizer, model="small", config=ServeConfig())
-    quality = open_quality(backend, QualityConfig(fallback=("larger",)), connect)
+    quality = Quality(backend, QualityConfig(fallback=("larger",)), connect)
 
     async def ask(stream):
         call = Call(

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import time
+import tracemalloc
 
 import pytest
 from tests.serve.helpers_quality import ScriptedBackend, answer, collect, failure, make_call
@@ -236,6 +237,22 @@ def test_slow_disk_fills_the_queue_and_blocks_no_request(tmp_path, monkeypatch):
     blocker.close()
     log.close()
     assert len(rows(tmp_path / "log.sqlite")) + sum(dropped) == 1500
+
+
+def test_queued_rows_do_not_hold_whole_bodies(tmp_path):
+    log = RequestLog(tmp_path / "log.sqlite")
+    blocker = sqlite3.connect(tmp_path / "log.sqlite")
+    blocker.execute("begin exclusive")
+    tracemalloc.start()
+    for number in range(50):
+        ask(log, text=f"{number} " + "word " * 400_000)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    blocker.rollback()
+    blocker.close()
+    log.close()
+    assert len(rows(tmp_path / "log.sqlite")) == 50
+    assert held < 20e6
 
 
 def test_closing_reports_rows_that_were_not_written(tmp_path, monkeypatch, caplog):

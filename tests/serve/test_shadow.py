@@ -49,6 +49,27 @@ def test_copies_are_compared_and_discarded(tmp_path):
     assert alarms == []
 
 
+def test_comparison_resumes_after_a_restart(tmp_path):
+    first, _, alarms, _ = shadowed([failure()], tmp_path=tmp_path, pause=0.001)
+    assert len(alarms) == 1
+    again, _, alarms, _ = shadowed([failure()], tmp_path=tmp_path, requests=1, pause=0.001)
+    before, after = first.evidence(), again.evidence()
+    assert (after["counts"]["compared"], after["counts"]["candidate_failed"]) == (31, 31)
+    assert after["agreement"] == before["agreement"]
+    assert after["mean_seconds"]["base"] > 0
+    assert after["started"] == before["started"]
+    assert after["evidence_worse"] > before["evidence_worse"] > 0
+    assert alarms == []
+
+
+def test_comparison_with_other_settings_starts_anew(tmp_path):
+    shadowed(GOOD, tmp_path=tmp_path, pause=0.001)
+    again, *_ = shadowed(GOOD, tmp_path=tmp_path, requests=2, pause=0.001, canary_margin=0.1)
+    assert again.counts["compared"] == 2
+    kept = [path for path in tmp_path.iterdir() if path.name != "shadow.json"]
+    assert [json.loads(path.read_text())["counts"]["compared"] for path in kept] == [30]
+
+
 def test_only_a_share_is_copied():
     shadow, *_ = shadowed(GOOD, requests=400, shadow_share=0.25, pause=0.0005)
     assert 60 < shadow.counts["compared"] < 140

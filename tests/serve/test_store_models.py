@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.helpers.stores import write_folder, write_verdict
+from tests.helpers.stores import make_champion_and_candidate, write_verdict
 from tests.serve.helpers_quality import ScriptedBackend, answer, collect, make_call
 
 from halfbyte.errors import ConfigError, StoreError
@@ -20,20 +20,11 @@ from halfbyte.serve.rollout.store_models import (
     resolve_store_model,
 )
 from halfbyte.serve.routing.router import Router
-from halfbyte.store.store import Store
 
 
 @pytest.fixture
 def store(tmp_path):
-    """Two versions; the first one is the champion."""
-    store = Store(tmp_path / "store")
-    for seed in (0, 1):
-        store.add(write_folder(tmp_path / str(seed), seed), "tiny")
-    first, second = store.history("tiny").versions
-    store.judge(f"tiny@{first}", write_verdict(tmp_path / "v.json", "pass"))
-    store.promote(f"tiny@{first}")
-    store.promote(f"tiny@{second}", "candidate")
-    return store
+    return make_champion_and_candidate(tmp_path)
 
 
 def location(store):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import math
+import re
 import time
 from contextlib import aclosing
 from dataclasses import replace
@@ -30,6 +31,7 @@ from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.routing.router import Router
 from halfbyte.serve.server_sent_events import EventParser
 from halfbyte.serve.upstream import UpstreamBackend
 
@@ -103,7 +105,9 @@ def test_missing_usage_is_omitted():
             prompt_tokens=0, completion_tokens=2, is_reported=False
         )
         upstream = UpstreamBackend.open([server.address])
-        with serve(Gateway(backend=upstream, config=ServeConfig())) as running:
+        with serve(
+            Gateway(backend=upstream, router=Router(upstream), config=ServeConfig())
+        ) as running:
             running.call(upstream.start())
             client = openai.OpenAI(base_url=running.v1, api_key="x", max_retries=0)
             request = {"model": "big", "messages": HELLO}
@@ -120,9 +124,9 @@ def test_tokenize_is_forwarded():
     engine = ScriptedEngine(tokenizer=make_tokenizer())
     config = ServeConfig()
     back = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=back, config=config)) as inner:
+    with serve(Gateway(backend=back, router=Router(back), config=config)) as inner:
         upstream = UpstreamBackend.open([NOBODY, inner.v1])
-        front = Gateway(backend=upstream, config=config)
+        front = Gateway(backend=upstream, router=Router(upstream), config=config)
         with serve(front) as outer, httpx2.Client() as client:
             for path, body in (
                 ("/tokenize", {"prompt": "hello you", "return_token_strs": True}),
@@ -153,8 +157,10 @@ def test_tokenize_is_forwarded():
 def test_upstream_gets_the_servers_key_and_not_the_clients():
     with raw_server(FULL) as server:
         ask([server.address], key="key-of-the-gateway")
+        upstream = UpstreamBackend.open([server.address], key="key-of-the-gateway")
         gateway = Gateway(
-            backend=UpstreamBackend.open([server.address], key="key-of-the-gateway"),
+            backend=upstream,
+            router=Router(upstream),
             config=ServeConfig(),
             keys=ApiKeys.parse(["ann:secret-of-ann"]),
         )
@@ -344,8 +350,10 @@ def test_unreachable_upstream_is_logged_at_the_start(caplog):
 
 
 def test_addresses_are_checked():
-    with pytest.raises(ConfigError, match="'localhost:8000' is not the address"):
-        UpstreamBackend.open(["localhost:8000"])
+    for address in ("localhost:8000", "http://", "http://[::1/v1", "http://h:x/v1", "http://h:0"):
+        with pytest.raises(ConfigError, match=rf"'{re.escape(address)}' is not the address"):
+            UpstreamBackend.open([address])
+    assert UpstreamBackend.open(["http://[::1]:8000/v1"]).name == "[::1]:8000"
     with pytest.raises(ConfigError, match="No upstream"):
         UpstreamBackend.open([])
     assert UpstreamBackend.open(["http://h:1/v1/#name"]).models == ("name",)
@@ -357,9 +365,9 @@ def test_gateway_before_a_gateway_gives_the_same_answers():
     engine = ScriptedEngine(tokenizer=make_tokenizer())
     config = ServeConfig()
     back = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=back, config=config)) as inner:
+    with serve(Gateway(backend=back, router=Router(back), config=config)) as inner:
         upstream = UpstreamBackend.open([inner.v1])
-        with serve(Gateway(backend=upstream, config=config)) as outer:
+        with serve(Gateway(backend=upstream, router=Router(upstream), config=config)) as outer:
             outer.call(upstream.start())
             near, far = (
                 openai.OpenAI(base_url=s.v1, api_key="x", max_retries=0) for s in (inner, outer)

@@ -24,6 +24,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.routing.router import Router
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.serve.upstream_chunks import ChunkReader
 
@@ -33,7 +34,9 @@ def test_unpaired_surrogates_and_infinite_numbers_never_reach_a_client():
     odd = chunk("hi \ud83d", logprobs={"content": [token | {"logprob": math.inf}]})
     with raw_server(stream(odd, chunk(finish="stop"), USAGE, "[DONE]")) as server:
         upstream = UpstreamBackend.open([server.address])
-        with serve(Gateway(backend=upstream, config=ServeConfig())) as running:
+        with serve(
+            Gateway(backend=upstream, router=Router(upstream), config=ServeConfig())
+        ) as running:
             running.call(upstream.start())
             body = {"model": "big", "messages": HELLO, "logprobs": True}
             told = httpx2.post(f"{running.v1}/chat/completions", json=body).json()["choices"][0]
@@ -96,7 +99,9 @@ def test_reasoning_and_refusal_reach_the_client(name):
     usage = {"choices": [], "usage": THOUGHT}
     with raw_server(stream(*chunks, chunk(finish="stop"), usage, "[DONE]")) as server:
         upstream = UpstreamBackend.open([server.address])
-        with serve(Gateway(backend=upstream, config=ServeConfig())) as running:
+        with serve(
+            Gateway(backend=upstream, router=Router(upstream), config=ServeConfig())
+        ) as running:
             running.call(upstream.start())
             client = openai.OpenAI(base_url=running.v1, api_key="x", max_retries=0)
             whole = client.chat.completions.create(model="big", messages=HELLO)

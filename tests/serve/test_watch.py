@@ -281,7 +281,7 @@ def test_chat_is_rated_with_the_base_models_template(tmp_path):
                 engine, tokenizer, model="base", config=ServeConfig(), chat_template=template
             )
             here = await rate_answer(backend, "r", {"messages": messages}, "Größe")
-            gateway = Gateway(backend=backend, config=ServeConfig())
+            gateway = Gateway(backend=backend, router=Router(backend), config=ServeConfig())
             with serve(gateway) as running:
                 upstream = UpstreamBackend.open([running.v1])
                 there = await rate_answer(upstream, "r", {"messages": messages}, "Größe")

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
             "bits_per_weight": bits_per_weight(shapes, load),
             "load": load,
             "bytes": plan,
-            "devices": [{**_fit_values(fit)} for fit in fits],
+            "devices": [_fit_values(fit) for fit in fits],
             "notes": notes,
         }
         print_json(values)

@@ -32,6 +32,7 @@ from halfbyte.convert.bit_order import ORDER, from_awq, to_awq
 from halfbyte.convert.coded_linear import FREE_MINIMA, CodedLinear, CodedSpec
 from halfbyte.convert.hints import HINT_KEY, format_hints, read_hints, restore_groups
 from halfbyte.convert.source import (
+    FLOATS,
     FolderSource,
     check_finite,
     check_shape,
@@ -44,12 +45,11 @@ BITS = 4
 PER_WORD = 32 // BITS
 GROUP_SIZES = (128, 64, 32)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _TENSORS = {
     "qweight": (torch.int32,),
     "qzeros": (torch.int32,),
-    "scales": _FLOATS,
-    "bias": _FLOATS,
+    "scales": FLOATS,
+    "bias": FLOATS,
 }
 
 

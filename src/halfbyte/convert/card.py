@@ -8,8 +8,6 @@ from typing import Any
 
 from halfbyte.checkpoint.front_matter import CARD_FILE, read_front_matter
 
-__all__ = ["read_front_matter", "write_card"]
-
 CARRIED_KEYS = (
     "license", "license_name", "license_link", "language", "base_model", "base_model_relation",
     "pipeline_tag",

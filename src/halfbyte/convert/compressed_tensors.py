@@ -29,6 +29,7 @@ from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded_linear import FREE_MINIMA, CodedLinear, CodedSpec, describe_grid
 from halfbyte.convert.source import (
+    FLOATS,
     FolderSource,
     check_finite,
     check_shape,
@@ -42,13 +43,12 @@ METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 BITS = (2, 3, 4, 5, 6, 8)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _TENSORS = {
     "weight_packed": (torch.int32,),
-    "weight_scale": _FLOATS,
+    "weight_scale": FLOATS,
     "weight_zero_point": (torch.int32,),
     "weight_shape": (torch.int64, torch.int32),
-    "bias": _FLOATS,
+    "bias": FLOATS,
 }
 _GRID = ("weight_scale", "weight_zero_point", "weight_shape")
 

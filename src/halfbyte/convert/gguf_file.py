@@ -13,6 +13,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,10 @@ class BlockType:
     """Number of weights per block."""
     num_bytes: int
     """Size of a block. Unit: bytes."""
+
+    def count_bytes(self, shape: Sequence[int]) -> int:
+        """Return the size of a tensor of this type. Unit: bytes."""
+        return math.prod(shape) // self.block * self.num_bytes
 
 
 F32 = BlockType(name="F32", number=0, block=1, num_bytes=4)
@@ -77,10 +82,7 @@ class GgufTensor:
     @property
     def num_bytes(self) -> int:
         """Size of its data. Unit: bytes."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count // self.kind.block * self.kind.num_bytes
+        return self.kind.count_bytes(self.shape)
 
     def part(self, number: int) -> GgufTensor:
         """Return one slice along the outermost dimension, such as one expert."""
@@ -341,7 +343,7 @@ def write_gguf_file(
         header += _pack_text(name) + struct.pack("<I", len(shape))
         header += struct.pack(f"<{len(shape)}Q", *shape[::-1])
         header += struct.pack("<IQ", kind.number, offset)
-        size = GgufTensor(name=name, kind=kind, shape=shape, offset=0).num_bytes
+        size = kind.count_bytes(shape)
         offset += -(-size // ALIGNMENT) * ALIGNMENT
     header += bytes(-len(header) % ALIGNMENT)
 
@@ -349,7 +351,7 @@ def write_gguf_file(
         yield bytes(header)
         pieces = iter(data)
         for name, kind, shape in table:
-            size = GgufTensor(name=name, kind=kind, shape=shape, offset=0).num_bytes
+            size = kind.count_bytes(shape)
             written = 0
             while written < size and (piece := next(pieces, None)) is not None:
                 written += piece.numel()

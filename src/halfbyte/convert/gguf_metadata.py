@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from halfbyte.checkpoint.front_matter import read_front_matter
 from halfbyte.checkpoint.identity import name_folder
-from halfbyte.convert.card import read_front_matter
 from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.gguf_architecture import Architecture
 from halfbyte.convert.gguf_blocks import PLAIN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -61,7 +60,7 @@ class Entry:
     @property
     def num_bytes(self) -> int:
         """Size in the file. Unit: bytes."""
-        return math.prod(self.shape) // self.kind.block * self.kind.num_bytes
+        return self.kind.count_bytes(self.shape)
 
 
 def choose_types(

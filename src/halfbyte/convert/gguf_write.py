@@ -162,7 +162,7 @@ def _describe_type_choices(source: Source, entries: list[Entry]) -> tuple[str, .
             if entry.shape[-1] % kind.block:
                 parts.append(f"{choice} not possible (rows of {entry.shape[-1]})")
                 continue
-            size = values.numel() // kind.block * kind.num_bytes
+            size = kind.count_bytes(values.shape)
             shape = tuple(rows.shape)
             decoded = decode_plain("", encode_plain(rows, kind), kind, shape)
             error = measure_rounding("", "", rows, decoded).relative_error

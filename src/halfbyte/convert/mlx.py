@@ -26,6 +26,7 @@ from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.source import (
+    FLOATS,
     FolderSource,
     check_finite,
     check_shape,
@@ -38,12 +39,11 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (128, 64, 32)
 SECTION = "quantization"
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _TENSORS = {
-    "weight": (torch.uint32, *_FLOATS),
-    "scales": _FLOATS,
-    "biases": _FLOATS,
-    "bias": _FLOATS,
+    "weight": (torch.uint32, *FLOATS),
+    "scales": FLOATS,
+    "biases": FLOATS,
+    "bias": FLOATS,
 }
 
 

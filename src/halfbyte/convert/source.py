@@ -19,6 +19,8 @@ from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.errors import CheckpointError
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
 
 class Source(Protocol):
     """An open quantized model: names and sizes are known, no weight is in memory."""

@@ -84,6 +84,11 @@ class PerplexityAccumulator:
         self._nll.add(float(nll_nats.sum(dtype=torch.float64)), len(nll_nats))
         self._window = max(self._window, len(nll_nats) + 1)
 
+    @property
+    def num_windows(self) -> int:
+        """Number of windows added."""
+        return self._nll.num_windows
+
     def result(self, *, dtype: str | None = None, note: str | None = None) -> PerplexityResult:
         """Return the perplexity of all windows so far.
 
@@ -158,7 +163,7 @@ def perplexity(
     for ids in split.batches(batch_size):
         accumulator.update(run_windows(subject, ids), ids[:, 1:])
         if progress is not None:
-            progress(accumulator.result().num_windows, len(split.ids))
+            progress(accumulator.num_windows, len(split.ids))
     return accumulator.result(dtype=subject.dtype_name, note=split.note)
 
 

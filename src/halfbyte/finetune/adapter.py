@@ -24,6 +24,8 @@ PEFT_VARIANTS: dict[str, dict[str, bool]] = {
     # An ordinary LoRA for PEFT; groups.py adds the constraint.
     QALORA: {},
 }
+MISSING_WEIGHTS = "Found missing adapter keys"
+"""Beginning of PEFT's warning; layers without weights would change nothing."""
 
 
 def require_peft(purpose: str) -> None:
@@ -75,7 +77,7 @@ def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | 
     model.requires_grad_(False)
     try:
         if start_from is not None:
-            return peft.PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+            return _read_adapter(model, start_from, is_trainable=True)
         settings = peft.LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha,
@@ -113,15 +115,28 @@ def load_adapter(subject: Subject, adapter: str | Path) -> Any:
     Raises:
         ConfigError: It is no adapter, or does not fit the base.
     """
-    import peft
-
     try:
-        return peft.PeftModel.from_pretrained(subject.model, str(adapter)).eval()
+        return _read_adapter(subject.model, adapter).eval()
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(
             f"Cannot put the adapter {adapter} on {subject.name}: {_sentence(error)} Give the "
             "folder of a PEFT adapter that was trained on this model."
         ) from error
+
+
+def _read_adapter(model: Any, folder: str | Path, *, is_trainable: bool = False) -> Any:
+    """Put a saved adapter on a model; PEFT only warns if its file lacks weights."""
+    import peft
+
+    if getattr(peft.PeftConfig.from_pretrained(str(folder)), "layer_replication", None):
+        raise ValueError("it repeats layers of the model (layer_replication)")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", MISSING_WEIGHTS)
+        try:
+            return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+        except UserWarning as warning:
+            name = str(warning).partition("['")[2].partition("'")[0]
+            raise ValueError(f"its file has no {name}.") from warning
 
 
 def _default_targets(model: Any) -> list[str] | str:

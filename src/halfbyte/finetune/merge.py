@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.new_folder import check_new_folder
-from halfbyte.errors import ModelError, VerificationError
+from halfbyte.errors import ConfigError, ModelError, VerificationError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import check_adapter, require_peft
 from halfbyte.finetune.merge_check import MergeReport, adapt
@@ -167,6 +167,11 @@ def _untie(model: Any) -> None:
 
 def _merge_layer(module: Any) -> None:
     """Merge a layer in float32, and check that it computes the same as base plus adapter."""
+    if any(module.lora_bias.values()) and module.base_layer.bias is None:
+        raise ConfigError(
+            "Cannot merge an adapter with biases (lora_bias): the model's linears have none. Serve "
+            "the adapter unmerged."
+        )
     weight = module.base_layer.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PROBE_ROWS, weight.shape[1], generator=generator).to(weight.device)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,12 +262,7 @@ def _write(
     target: Path,
 ) -> None:
     targets = tuple(sorted({name.rpartition(".")[2] for name in factors}))
-    adapted = attach_adapter(
-        model,
-        AdapterConfig(
-            rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=targets
-        ),
-    )
+    adapted = attach_adapter(model, replace(adapter, targets=targets))
     for name, (b, a) in factors.items():
         layer = adapted.get_base_model().get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(a)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,7 @@ def merge_and_quantize(
         **report.scores,
         "quantized": score_task(subject.model, held_out_examples(data, subject)),
     }
-    values = {**asdict(report), "output": str(target), "quantized": True, "scores": scores}
-    return MergeReport(**values)
+    return replace(report, output=str(target), quantized=True, scores=scores)
 
 
 def merging_config(folder: Path, **settings: Any) -> QuantConfig:

@@ -14,6 +14,9 @@ from halfbyte.judge.statistics import MIN_DOCUMENTS, Floats, Interval
 
 RESAMPLES = 4000
 """Enough that the Monte Carlo error is well below the standard error of the data."""
+DRAWN_AT_ONCE = 2**20
+"""Documents drawn at a time, over several resamples: all of them would take gigabytes of memory for
+ten thousand documents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +81,13 @@ def bootstrap_ratio(
     n = len(t)
     if n < MIN_DOCUMENTS:
         return None
-    picks = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
     mean, error = _ratio(t[None], c[None])
-    means, errors = _ratio(t[picks], c[picks])
+    rng, rows = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // n)
+    parts = []
+    for start in range(0, resamples, rows):
+        picks = rng.integers(0, n, size=(min(rows, resamples - start), n))
+        parts.append(_ratio(t[picks], c[picks]))
+    means, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
     # A resample that consists of one document only has no standard error.
     usable = errors > 1e-12 * max(float(error[0]), 1e-300)
     studentized = np.sort((means[usable] - mean[0]) / errors[usable])

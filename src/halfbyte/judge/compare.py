@@ -143,9 +143,7 @@ def _prepare(
         )
     if items is None:
         items = builtin_tasks(config.builtin_items, seed=config.seed)
-    if both_local:
-        _check_tokenizers(tokenizer, local[1], items)
-    else:
+    if not both_local:
         skipped = sum(bool(item.choices) for item in items)
         items = [item for item in items if not item.choices]
         notes.append(
@@ -161,6 +159,7 @@ def _prepare(
     if both_local:
         texts = builtin_documents() if documents is None else documents
         passages = make_passages(tokenizer, texts, window=config.window, limit=config.windows)
+        _check_tokenizers(tokenizer, local[1], items, passages)
     context = _find_context(local)
     _check_lengths(questions, passages, context)
     edges: list[EdgeCase] = []
@@ -178,7 +177,10 @@ def _prepare(
     )
 
 
-def _check_tokenizers(tokenizer: Any, candidate: Side, items: Sequence[Item]) -> None:
+def _check_tokenizers(
+    tokenizer: Any, candidate: Side, items: Sequence[Item], passages: Sequence[Passage]
+) -> None:
+    """Reject a candidate to which the base's token ids mean something else."""
     other = load_tokenizer(Path(candidate.name))
     if other is None:
         return
@@ -187,6 +189,14 @@ def _check_tokenizers(tokenizer: Any, candidate: Side, items: Sequence[Item]) ->
             raise ConfigError(
                 f"The tokenizers of base and candidate encode item '{item.name}' differently. "
                 "Compare a model with its own quantized version, with the same tokenizer files."
+            )
+    for token in sorted({token for passage in passages for token in passage.ids}):
+        names = [one.convert_ids_to_tokens(token) for one in (tokenizer, other)]
+        if names[0] != names[1]:
+            raise ConfigError(
+                f"The tokenizers of base and candidate differ: token {token} is {names[0]!r} in "
+                f"one and {names[1]!r} in the other. Compare a model with its own quantized "
+                "version, with the same tokenizer files."
             )
 
 
@@ -304,10 +314,11 @@ def _run_side(
         interview.repeat(
             work.questions, config.noise_items, config.noise_batch_size, stage("noise floor")
         )
+    has_predicted = side.is_local and load.cache_info().currsize
     side.cost = Cost(
         name=side.name,
         seconds=time.monotonic() - start,
-        tokens=interview.tokens,
+        tokens=interview.tokens + (load_local().predicted_tokens if has_predicted else 0),
         reused=interview.reused,
     )
     load.cache_clear()

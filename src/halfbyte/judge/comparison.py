@@ -78,7 +78,7 @@ class Cost:
     seconds: float
     """Wall time of its answers and predictions, without those found in the cache."""
     tokens: int
-    """Prompt and text tokens run in that time, each counted once."""
+    """Tokens of prompts and texts run in that time."""
     reused: int
     """Answers taken from the cache."""
     weight_bytes: int | None = None

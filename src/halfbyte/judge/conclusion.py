@@ -17,7 +17,7 @@ from halfbyte.judge.edge_cases import (
     summarize_kinds,
 )
 from halfbyte.judge.fidelity import PassageComparison, TextFidelity, summarize
-from halfbyte.judge.interview import is_correct
+from halfbyte.judge.interview import is_correct, repeat_prefix
 from halfbyte.judge.layers import LayerErrors
 from halfbyte.judge.questions import Question
 from halfbyte.judge.setup import CompareConfig, Side, Workload
@@ -185,10 +185,11 @@ def _noise_floor(
     config: CompareConfig,
     text: TextFidelity | None,
 ) -> NoiseFloor | None:
-    rows = [row for row, q in enumerate(questions) if f"again {q.key}" in base.cache.answers]
+    cached, prefix = base.cache.answers, repeat_prefix(config.noise_batch_size)
+    rows = [row for row, q in enumerate(questions) if prefix + q.key in cached]
     if not rows:
         return None
-    again = [Answer.from_dict(base.cache.answers.get(f"again {questions[r].key}")) for r in rows]
+    again = [Answer.from_dict(cached.get(prefix + questions[r].key)) for r in rows]
     correct = [is_correct(questions[r], a, functions) for r, a in zip(rows, again, strict=True)]
     written = [
         (a, base.answers[questions[r].key])

@@ -38,7 +38,7 @@ class Interview:
         self._load = load
         self._cached = answers
         self.tokens = 0
-        """Prompt tokens that were run."""
+        """Tokens of the prompts that were answered."""
         self.reused = 0
         """Answers taken from the cache."""
 
@@ -73,7 +73,8 @@ class Interview:
             progress: Called with (answered, total).
         """
         step = max(1, len(questions) // max(1, max_count))
-        self._ask(questions[::step][:max_count], batch_size, progress, prefix="again ")
+        chosen = questions[::step][:max_count]
+        self._ask(chosen, batch_size, progress, prefix=repeat_prefix(batch_size))
 
     def _ask(
         self,
@@ -194,7 +195,6 @@ class Interview:
         assert isinstance(model, LocalModel)
         last = min(EDGE_LAST_TOKENS, len(ids))
         prediction = model.predict([ids], last=last)[0]
-        self.tokens += len(ids)
         if base_cache is None:
             cache.save_states(key, prediction)
             cache.save_head(model)
@@ -207,6 +207,11 @@ class Interview:
         kl = compare_logits(base_logits.to(logits.device), logits, targets).kl_nats
         mean = float(kl.mean())
         return prediction.finite, mean if math.isfinite(mean) else None
+
+
+def repeat_prefix(batch_size: int) -> str:
+    """Return how the cache's keys of answers begin that were repeated in batches of this size."""
+    return f"in batches of {batch_size} "
 
 
 def is_correct(question: Question, answer: Answer, functions: Mapping[str, PythonCheck]) -> bool:

@@ -64,6 +64,8 @@ class LocalModel:
         self.model = subject.model
         self.head: nn.Module | None = self.model.get_output_embeddings()
         self._head_gives_logits: bool | None = None
+        self.predicted_tokens = 0
+        """Tokens of the passages that were predicted."""
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +84,7 @@ class LocalModel:
             One prediction per passage, on the model's device.
         """
         ids = torch.tensor([list(p) for p in batch], device=self.device)
+        self.predicted_tokens += ids.numel()
         captured: list[Tensor] = []
         hooks = []
         if isinstance(self.head, nn.Module):

@@ -22,7 +22,7 @@ from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import Subject, load_tokenizer, open_subject
 from halfbyte.judge.memory_meter import MemoryMeter
 from halfbyte.machine.devices import resolve_device
-from halfbyte.machine.memory import release_memory
+from halfbyte.machine.memory import count_weight_bytes, release_memory
 from halfbyte.model.blocks import build_skeleton
 from halfbyte.model.kv_cache import cache_argument, cache_of
 from halfbyte.model.weights import load_model_config
@@ -225,7 +225,7 @@ def _run(
     with meter.watch() as loading:
         subject = open_subject(Path(folder), dtype=dtype, device=device)
         release_memory(subject.input_device)
-    weights = sum(t.untyped_storage().nbytes() for t in _iterate_weights(subject.model))
+    weights = count_weight_bytes(subject.model)
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(0, vocabulary, (requests, context - new_tokens), generator=generator)
     with meter.watch() as running:
@@ -253,16 +253,6 @@ def _warm_up(folder: Path) -> None:
         square = torch.ones(1024, 1024, dtype=dtype)
         square @ square
     release_memory()
-
-
-def _iterate_weights(model: torch.nn.Module) -> Iterator[Tensor]:
-    """Yield each stored tensor once; tied weights share their storage."""
-    seen = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        address = tensor.untyped_storage().data_ptr()
-        if address not in seen:
-            seen.add(address)
-            yield tensor
 
 
 @torch.inference_mode()

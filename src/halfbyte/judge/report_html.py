@@ -368,9 +368,9 @@ def _cost(comparison: Comparison) -> str:
     heads = ["model", "weight files", "planned", "peak", "time", "tokens/s", "cached"]
     text = (
         "planned: planned memory of the run's largest batch or longest text, program included. "
-        "peak: measured peak memory of the run. tokens/s: prompt tokens divided by the whole time, "
-        "generation included. cached: answers that were taken from the cache. To measure a given "
-        "peak load, use halfbyte profile."
+        "peak: measured peak memory of the run. tokens/s: tokens of prompts and texts divided by "
+        "the whole time, generation included. cached: answers that were taken from the cache. To "
+        "measure a given peak load, use halfbyte profile."
     )
     return make_table(heads, rows, numbers=range(1, 7)) + remark(text)
 

@@ -36,6 +36,12 @@ def resident_memory_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def count_weight_bytes(model: torch.nn.Module) -> int:
+    """Sum the bytes of a model's tensors, counting shared ones once."""
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def map_large_blocks() -> None:
     """Make malloc use mmap for every large block, for the lifetime of this process.
 

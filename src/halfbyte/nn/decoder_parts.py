@@ -184,9 +184,10 @@ def get_decoder(model: PreTrainedModel) -> Any:
     return decoder
 
 
-def unwrap_linear(linear: Any) -> Any:
-    """Return a linear without the adapters that PEFT wrapped around it."""
-    return getattr(linear, "base_layer", linear)
+def unwrap(module: Any) -> Any:
+    """Return a module without what PEFT wrapped around it: adapters, or a copy that it trains."""
+    module = getattr(module, "base_layer", module)
+    return getattr(module, "original_module", module)
 
 
 def get_epsilon(norm: Any) -> float:

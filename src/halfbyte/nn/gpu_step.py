@@ -35,7 +35,7 @@ from halfbyte.nn.decoder_parts import (
     find_structure_mismatch,
     get_decoder,
     get_epsilon,
-    unwrap_linear,
+    unwrap,
 )
 from halfbyte.nn.grouped_experts import find_grouping_obstacle
 from halfbyte.nn.linear import QuantLinear
@@ -85,13 +85,14 @@ class GpuStep:
             model: A model for which :func:`find_mismatch` returns None.
             cache: Keys and values of each layer, [pages, key heads, page tokens, head dimension].
             capacity: Maximum number of positions of a sequence.
-            bare: Leave out the adapters that PEFT wrapped around linears.
+            bare: Leave out the adapters that PEFT wrapped around modules.
         """
         base = get_decoder(model)
-        self._embeddings = model.get_input_embeddings()
-        self._head = model.get_output_embeddings()
+        take = unwrap if bare else _identity
+        self._embeddings = take(model.get_input_embeddings())
+        self._head = take(model.get_output_embeddings())
         self._blocks = [
-            _make_block(layer, pair, bare) for layer, pair in zip(base.layers, cache, strict=True)
+            _make_block(layer, pair, take) for layer, pair in zip(base.layers, cache, strict=True)
         ]
         self._last_norm, self._last_epsilon = base.norm.weight, get_epsilon(base.norm)
         keys = cache[0][0]
@@ -221,7 +222,7 @@ def find_mismatch(model: PreTrainedModel) -> str | None:
         sizes = {None if norm is None else tuple(norm.weight.shape) for norm in head_norms}
         if sizes not in ({None}, {(attention.head_dim,)}):
             return "its query and key norms are not per head"
-        widths = {unwrap_linear(getattr(attention, f"{name}_proj")).out_features for name in "kv"}
+        widths = {unwrap(getattr(attention, f"{name}_proj")).out_features for name in "kv"}
         if len(widths) != 1:
             return "its keys and values differ in head dimension"
     return find_rotary_mismatch(model)
@@ -256,9 +257,8 @@ def find_deviation(found: Tensor, expected: Tensor, again: Tensor) -> str | None
     return f"logits have a relative deviation of {deviation:.3f}, allowed are {allowed:.3f}"
 
 
-def _make_block(layer: Any, cache: tuple[Tensor, Tensor], bare: bool) -> _Block:
+def _make_block(layer: Any, cache: tuple[Tensor, Tensor], take: Callable[[Any], Any]) -> _Block:
     attention = layer.self_attn
-    take = unwrap_linear if bare else _identity
     # Both or none, as find_mismatch has checked.
     head_norms: list[Any] = [getattr(attention, f"{name}_norm", None) for name in "qk"]
     has_norms = head_norms[0] is not None
@@ -273,8 +273,8 @@ def _make_block(layer: Any, cache: tuple[Tensor, Tensor], bare: bool) -> _Block:
         head_norms=(head_norms[0].weight, head_norms[1].weight) if has_norms else None,
         cache=cache,
         shape=AttentionShape(
-            heads=unwrap_linear(attention.q_proj).out_features // width,
-            key_heads=unwrap_linear(attention.k_proj).out_features // width,
+            heads=unwrap(attention.q_proj).out_features // width,
+            key_heads=unwrap(attention.k_proj).out_features // width,
             width=width,
             scale=float(attention.scaling),
             epsilon=get_epsilon(head_norms[0]) if has_norms else 0.0,

@@ -44,7 +44,7 @@ from halfbyte.nn.decoder_parts import (
     get_epsilon,
     make_probe_tokens,
     measure_deviation,
-    unwrap_linear,
+    unwrap,
 )
 from halfbyte.nn.expert_parts import expert_parts, find_experts_mismatch, has_experts
 from halfbyte.nn.linear import QuantLinear
@@ -79,11 +79,11 @@ class NativeDecoder:
         sizes = get_sizes(model)
         self.capacity = capacity
         self._base = base
-        self._embeddings = model.get_input_embeddings()
+        self._embeddings = unwrap(model.get_input_embeddings())
         self._tensors: list[Any] = []
         if cache is None:
             shape = (1, sizes["kv_heads"], capacity, sizes["head_dim"])
-            dtype = unwrap_linear(attention.q_proj).spec.dtype
+            dtype = unwrap(attention.q_proj).spec.dtype
             # Uninitialized: most of a long cache is never touched.
             keys, values = ([torch.empty(shape, dtype=dtype) for _ in layers] for _ in "kv")
             cache = keys, values
@@ -177,7 +177,7 @@ class NativeDecoder:
         pointers: dict[str, Any] = {}
         addresses: list[int] = []
         for name, wrapped in _linears(layer).items():
-            linear = unwrap_linear(wrapped)
+            linear = unwrap(wrapped)
             packed = linear.operands.weight[0]
             # A layer may be repacked elsewhere; the library must not read what is gone.
             self._tensors.append(packed)
@@ -217,7 +217,7 @@ def get_sizes(model: PreTrainedModel) -> dict[str, int]:
     """Return the library's settings for a model that :func:`find_obstacle` accepts: its sizes."""
     layers: list[Any] = list(get_decoder(model).layers)
     attention = layers[0].self_attn
-    query, key = unwrap_linear(attention.q_proj), unwrap_linear(attention.k_proj)
+    query, key = unwrap(attention.q_proj), unwrap(attention.k_proj)
     return {
         "blocks": len(layers),
         "hidden": query.in_features,
@@ -284,7 +284,7 @@ def _mlp_sizes(layers: Sequence[Any]) -> dict[str, int]:
     """Return the decoder's settings for MLPs and experts; those left out are 0."""
     mixtures = [layer for layer in layers if has_experts(layer)]
     dense = [layer for layer in layers if not has_experts(layer)]
-    sizes = {"intermediate": unwrap_linear(dense[0].mlp.gate_proj).out_features} if dense else {}
+    sizes = {"intermediate": unwrap(dense[0].mlp.gate_proj).out_features} if dense else {}
     if mixtures:
         parts = expert_parts(mixtures[0])
         sizes |= {
@@ -298,7 +298,7 @@ def _mlp_sizes(layers: Sequence[Any]) -> dict[str, int]:
 
 def _activation_bits(layer: Any) -> int:
     """Return 8 if any linear takes 8-bit activations; the library skips those that do not."""
-    linears = map(unwrap_linear, _linears(layer).values())
+    linears = map(unwrap, _linears(layer).values())
     kernels = [linear.selection.kernel for linear in linears if linear.selection]
     return min(kernel.activation_bits for kernel in kernels if isinstance(kernel, CpuNative))
 

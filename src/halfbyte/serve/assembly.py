@@ -3,7 +3,7 @@
 ::
 
     MODEL ──open_engine──> EmbeddedBackend ─┐
-    --engine vllm ──> VllmBackend ──────────┼─> open_quality ──> Router ──> Gateway
+    --engine vllm ──> VllmBackend ──────────┼─> Quality ──> Router ──> Gateway
     --upstream URL ──> UpstreamBackend ─────┘
 """
 
@@ -29,7 +29,7 @@ from halfbyte.serve.dashboard.routes import OPEN_PATHS as DASHBOARD_PATHS
 from halfbyte.serve.dashboard.routes import dashboard_routes
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.keys import ApiKeys, KeyFile, read_key_file
-from halfbyte.serve.quality import Quality, open_quality
+from halfbyte.serve.quality import Quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import (
     StoreBackend,
@@ -37,7 +37,6 @@ from halfbyte.serve.rollout.store_models import (
     is_store_reference,
     resolve_store_model,
 )
-from halfbyte.serve.routing.router import Router
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.units import format_bytes
 
@@ -159,7 +158,9 @@ def _locate_model(model: str, config: ServeConfig) -> tuple[StoreModel | None, P
 
 def _serve_adapters(service: Service, config: ServeConfig) -> None:
     if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
+        service.gateway.adapters = AdapterFolder(
+            config.adapters, lambda: service.gateway.router.primary
+        )
 
 
 def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
@@ -346,13 +347,12 @@ def _wrap(
         folder = Path(source)
         return open_embedded(folder, config, engine, name=name_folder(folder))
 
-    watched = open_quality(backend, quality, connect)
+    watched = Quality(backend, quality, connect)
     gateway = Gateway(
         backend=backend,
         config=config,
         keys=keys,
         router=watched.router,
-        primary=partial(_get_current_primary, watched.router),
         metrics=watched.metrics.render,
         on_rejection=watched.metrics.count_rejection,
         routes=dashboard_routes(watched.snapshot),
@@ -370,12 +370,6 @@ def _connect_upstream(addresses: Sequence[str], config: ServeConfig) -> Upstream
     return UpstreamBackend.open(
         addresses, key=read_variable(UPSTREAM_KEY), limits=config.answer_limits
     )
-
-
-def _get_current_primary(router: Router) -> Backend:
-    """Return the primary backend; of a model from the store, the version that serves now."""
-    backend = router.routes[0].backend
-    return backend.current if isinstance(backend, StoreBackend) else backend
 
 
 async def _warn_if_unreachable(upstream: UpstreamBackend) -> None:

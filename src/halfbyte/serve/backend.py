@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Kind = Literal["chat", "completion"]
@@ -127,7 +127,6 @@ class Served:
     """Why the primary model did not answer: `critical`, `error`, `timeout`, `check:repetition` …"""
     version: str = ""
     """Version in the model store, if the model comes from one."""
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

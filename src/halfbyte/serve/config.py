@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from halfbyte.config_fields import check_choice, check_least, check_positive, option
 from halfbyte.errors import ConfigError
@@ -114,15 +115,16 @@ class ServeConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535.")
         check_choice(self, "engine", ENGINES)
-        minimums = {"default_max_tokens": 1, "max_choices": 1, "max_requests": 1}
-        minimums |= {
-            "max_requests_per_key": 1,
-            "max_body_bytes": 1024,
-            "max_tokens": 1,
-            "tokens_per_minute_per_key": 1,
-        }
-        for name, minimum in minimums.items():
-            check_least(self, name, minimum)
+        for name in (
+            "default_max_tokens",
+            "max_choices",
+            "max_requests",
+            "max_requests_per_key",
+            "max_tokens",
+            "tokens_per_minute_per_key",
+        ):
+            check_least(self, name, 1)
+        check_least(self, "max_body_bytes", 1024)
         for name in ("body_timeout", "request_timeout", "drain_timeout"):
             check_positive(self, name)
 
@@ -145,6 +147,16 @@ class ServeConfig:
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
+
+
+def is_http_address(text: str) -> bool:
+    """Return whether a text is an http or https address with a host, and a valid port if any."""
+    try:
+        parts = urlsplit(text)
+        has_valid_port = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and has_valid_port
 
 
 def is_loopback(host: str) -> bool:

@@ -2,7 +2,7 @@
 
 ::
 
-    quality = open_quality(primary, config, connect)
+    quality = Quality(primary, config, connect)
     await quality.start()                      # background tasks
     async for event in quality.router.stream(call, served): ...
     quality.metrics.render()                   # for Prometheus
@@ -155,7 +155,7 @@ class Quality:
             self.shadow = Shadow(
                 candidate,
                 config,
-                name=config.shadow,
+                name=" ".join(filter(None, (config.shadow, getattr(candidate, "version", "")))),
                 alarm=lambda message: self.alerts.report_event("shadow", message),
                 clock=self._clock,
             )
@@ -263,27 +263,6 @@ class Quality:
             requests.add_metric((arm, "failed"), counts["failures"])
             requests.add_metric((arm, "good"), counts["requests"] - counts["failures"])
         yield requests
-
-
-def open_quality(
-    primary: Backend,
-    config: QualityConfig,
-    connect: Connect,
-    *,
-    clock: Clock = time.monotonic,
-) -> Quality:
-    """Create everything that the settings enable around a model.
-
-    Args:
-        primary: The served model.
-        config: The settings.
-        connect: Opens further models by address or folder.
-        clock: Returns monotonic seconds.
-
-    Returns:
-        The result; no background task is started yet.
-    """
-    return Quality(primary, config, connect, clock=clock)
 
 
 def _describe(route: Route) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from halfbyte.config_fields import check_least, check_positive, check_share, option
 from halfbyte.errors import ConfigError
+from halfbyte.serve.config import is_http_address
 
 CHECKS = ("empty", "repetition", "json", "language", "refusal")
 """Checks of an answer's text."""
@@ -169,6 +170,10 @@ class QualityConfig:
             check_share(self, name, above_0=True)
         for name in ("canary_share", "canary_margin", "canary_alpha"):
             check_share(self, name, above_0=True, below_1=True)
+        if self.webhook is not None and not is_http_address(self.webhook):
+            raise ConfigError(
+                f"webhook is '{self.webhook}'; it must be an address such as https://host/path."
+            )
         unknown = [cause for cause in self.fallback_on if cause not in CAUSES]
         if unknown:
             raise ConfigError(f"fallback_on has {unknown[0]!r}; allowed are {', '.join(CAUSES)}.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from halfbyte.errors import ConfigError
+from halfbyte.serve.config import is_http_address
 
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 30.0
@@ -78,8 +79,7 @@ def read_addresses(addresses: Sequence[str]) -> tuple[list[Host], str | None]:
     hosts, model = [], None
     for entry in addresses:
         address, _, named = entry.partition("#")
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not is_http_address(address):
             raise ConfigError(
                 f"'{entry}' is not the address of a server. Use the form http://host:8000/v1."
             )

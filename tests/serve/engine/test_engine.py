@@ -77,11 +77,9 @@ def test_concurrent_identical_prompts_are_prefilled_once(folder, runner):
         async with open_tiny(folder, runner, max_batched_tokens=16) as engine:
             requests = [ask(prompt, 8, temperature=1.0, seed=seed) for seed in range(4)]
             answers = await asyncio.gather(*(collect(engine, request) for request in requests))
-            return [events[0].cached_tokens for events in answers], engine.load()
+            return [events[0].cached_tokens for events in answers]
 
-    cached, load = asyncio.run(run())
-    assert cached == [0, 64, 64, 64]
-    assert (load.prefix_queries, load.prefix_hits) == (280, 192)
+    assert asyncio.run(run()) == [0, 64, 64, 64]
 
 
 def test_long_prompt_does_not_stall_a_running_answer(folder, runner):

@@ -112,6 +112,25 @@ def test_steps_that_would_run_an_adapter_are_not_used(load, monkeypatch):
     assert runner._recorded == {}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_steps_do_not_run_adapters_of_embeddings_and_head(load, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(
+        r=4, target_modules=["embed_tokens", "lm_head"], init_lora_weights=False
+    )
+    peft.get_peft_model(load(), settings).save_pretrained(tmp_path / "adapter")
+    model = load()
+    runner = GpuRunner(model, Pages(sample_layers(model), PAGE))
+    before = begin(runner)
+    runner.load_adapter("x", str(tmp_path / "adapter"))
+    piece = Piece(
+        tokens=PROMPTS[0], start=0, pages=TABLES[0], logits=1, is_prompt=True, adapter="x"
+    )
+    assert not torch.allclose(runner.run([piece])[0], before[:1], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(begin(runner), before, rtol=1e-2, atol=1e-2)
+
+
 def test_a_step_that_cannot_be_recorded_falls_back_to_transformers(load, monkeypatch):
     model = load()
     expected = begin(TransformersRunner(model, Pages(sample_layers(model), PAGE)))

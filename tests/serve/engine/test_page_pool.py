@@ -22,7 +22,6 @@ def test_cached_prefix_is_found():
     assert second.cached_tokens == 8
     assert second.pages[:2] == first.pages[:2]
     assert not set(second.pages[2:]) & set(first.pages)
-    assert (pool.queries, pool.hits) == (42, 8)
 
 
 def test_last_token_is_never_taken_from_the_cache():

@@ -13,6 +13,7 @@ from halfbyte.errors import ServeError
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
+from halfbyte.serve.routing.router import Router
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def engine():
 def server(engine):
     config = ServeConfig(default_max_tokens=200)
     backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=backend, config=config)) as running:
+    with serve(Gateway(backend=backend, router=Router(backend), config=config)) as running:
         yield running
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import time
@@ -30,23 +29,14 @@ from halfbyte.serve.backend import Backend, Call, Delta, Event, Kind, Served, Te
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits, Tally
+from halfbyte.serve.routing.router import Router
 from halfbyte.serve.text.choice_requests import count_choices, estimate_prompt_tokens, read_limit
-from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """Status of a request whose client has disconnected; it only appears in logs."""
-GRACE_SECONDS = 5.0
-"""Time after a deadline in which a backend should notice it by itself."""
 _PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "completion": "cmpl"}
-
-
-class Router(Protocol):
-    """Selects the backend that answers a call."""
-
-    def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
-        """Answer before the call's deadline; fills in `served` before the first event."""
 
 
 class AdapterControl(Protocol):
@@ -59,61 +49,15 @@ class AdapterControl(Protocol):
         """Unload an adapter."""
 
 
-class DirectRouter:
-    """Sends every call to the same backend."""
-
-    def __init__(self, backend: Backend) -> None:
-        """Set the backend."""
-        self._backend = backend
-
-    async def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
-        """Pass the call on.
-
-        Args:
-            call: The call.
-            served: Filled in before the first event.
-
-        Yields:
-            The backend's events.
-
-        Raises:
-            ServeError: The backend failed, or did not stop at the deadline.
-        """
-        served.backend, served.model = self._backend.name, str(call.body.get("model", ""))
-        left = call.seconds_left
-        loop = asyncio.get_running_loop()
-        deadline = None if left is None else loop.time() + left + GRACE_SECONDS
-        limit = TimeLimit()
-        async with aclosing(self._backend.stream(call)) as events:
-            try:
-                while True:
-                    yield await limit.wait(anext(events), deadline)
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise ServeError(
-                    "The answer was not complete before its deadline. Request fewer tokens or "
-                    "allow more time.",
-                    status=408,
-                    kind="timeout_error",
-                    code="request_timeout",
-                ) from error
-            finally:
-                limit.close()
-
-
 @dataclass(kw_only=True)
 class Gateway:
     """Answers chats and completions, within the server's limits."""
 
     backend: Backend
-    """The primary backend, closed at shutdown."""
+    """The primary backend at the start, closed at shutdown."""
+    router: Router
     config: ServeConfig
     keys: ApiKeys = field(default_factory=ApiKeys)
-    router: Router | None = None
-    """None sends every call to the primary backend."""
-    primary: Callable[[], Backend] | None = None
-    """Returns the backend that currently replaces `backend`; None if it is never replaced."""
     adapters: AdapterControl | None = None
     metrics: Callable[[], str | bytes] | None = None
     """Returns the metrics in Prometheus' text format."""
@@ -143,7 +87,7 @@ class Gateway:
     @property
     def current(self) -> Backend:
         """The primary backend now, which a swap or a promotion may have replaced."""
-        return self.backend if self.primary is None else self.primary()
+        return self.router.primary
 
     @property
     def text_tools(self) -> TextTools | None:
@@ -171,12 +115,11 @@ class Gateway:
         served = Served()
         self._check(call)
         formatter = AnswerFormatter(call, str(body["model"]))
-        router = self.router or DirectRouter(self.backend)
         try:
             async with AsyncExitStack() as stack:
                 prompt = estimate_prompt_tokens(body)
                 tally = stack.enter_context(self.limits.enter(call.key, prompt=prompt))
-                events = await stack.enter_async_context(aclosing(router.stream(call, served)))
+                events = await stack.enter_async_context(aclosing(self.router.stream(call, served)))
                 await stack.enter_async_context(CancelOnDisconnect(request.receive))
                 if not body.get("stream"):
                     choices, usage = await collect_answer(events, tally.note)

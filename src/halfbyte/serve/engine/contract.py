@@ -122,10 +122,6 @@ class EngineLoad:
     running: int
     waiting: int
     cache_used_bytes: int
-    prefix_queries: int
-    """Prompt tokens looked up in the prefix cache."""
-    prefix_hits: int
-    """Prompt tokens found there."""
     restarts: int
     """Recoveries from failed steps."""
 

@@ -340,8 +340,6 @@ class EmbeddedEngine:
             running=len(self._scheduler.running),
             waiting=self._scheduler.waiting,
             cache_used_bytes=self._pool.used * self._page_bytes,
-            prefix_queries=self._pool.queries,
-            prefix_hits=self._pool.hits,
             restarts=self._steps.restarts,
         )
 

@@ -87,9 +87,11 @@ class GpuRunner:
 
     def load_adapter(self, name: str, folder: str) -> None:
         """Load a PEFT adapter."""
-        self._plain.load_adapter(name, folder)
-        # PEFT uses load_state_dict, which packs the base model's weights anew.
-        self._gather_weights()
+        try:
+            self._plain.load_adapter(name, folder)
+        finally:
+            # PEFT uses load_state_dict, which packs the base model's weights anew.
+            self._gather_weights()
 
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter."""

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
-from halfbyte.machine.memory import resident_memory_bytes
+from halfbyte.machine.memory import count_weight_bytes, resident_memory_bytes
 from halfbyte.plan.devices import this_machine
 from halfbyte.plan.memory import GPU_PROGRAM_BYTES, Load, activation_bytes
 from halfbyte.plan.shapes import read_shapes
@@ -113,12 +113,6 @@ def plan_engine(
         program_bytes=GPU_PROGRAM_BYTES if on_gpu else program,
         grammar_bytes=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * embeddings.shape[0],
     )
-
-
-def count_weight_bytes(model: torch.nn.Module) -> int:
-    """Sum the bytes of a model's tensors, counting shared ones once."""
-    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _estimate_activations(

@@ -104,9 +104,11 @@ class NativeRunner:
         """Load a PEFT adapter."""
         if self._adapted is None:
             self._adapted = TransformersRunner(self.model, self.pages, reason="adapters")
-        self._adapted.load_adapter(name, folder)
-        # PEFT uses load_state_dict, which packs the base model's weights anew.
-        self._gather_weights()
+        try:
+            self._adapted.load_adapter(name, folder)
+        finally:
+            # PEFT uses load_state_dict, which packs the base model's weights anew.
+            self._gather_weights()
 
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter."""

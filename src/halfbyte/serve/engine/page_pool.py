@@ -46,10 +46,6 @@ class PagePool:
     pages: int
     page_tokens: int
     share: bool = True
-    queries: int = 0
-    """Prompt tokens that were looked up."""
-    hits: int = 0
-    """Prompt tokens that were found."""
     _free: list[int] = field(default_factory=list)
     _unused: OrderedDict[int, None] = field(default_factory=OrderedDict)
     """Cached pages that no request uses, least recently used first."""
@@ -114,9 +110,6 @@ class PagePool:
             self._num_users[page] += 1
         new = [self._take() for _ in range(num_new)]
         cached = len(found) * self.page_tokens
-        if share:
-            self.queries += len(tokens)
-            self.hits += cached
         return Reservation(
             pages=found + new,
             cached_tokens=cached,

@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
-from halfbyte.errors import ConfigError, ModelError, ServeError, require_extra
+from halfbyte.checkpoint.labels import ADAPTER_CONFIG
+from halfbyte.errors import ConfigError, HalfbyteError, ModelError, ServeError, require_extra
 from halfbyte.model.kv_cache import cache_argument
 from halfbyte.nn.decoder_parts import make_probe_tokens
+from halfbyte.serve.engine.adapter_check import WEIGHTS_FILE, find_base_change
 from halfbyte.serve.engine.runner import Pages, Piece
 
 ATTENTION = "halfbyte_pages"
@@ -116,7 +118,7 @@ class TransformersRunner:
                 status=409,
                 code="adapter_exists",
             )
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for file in (ADAPTER_CONFIG, WEIGHTS_FILE):
             if not (Path(folder) / file).is_file():
                 raise ServeError(
                     f"Cannot load {name}: its folder has no {file}. Save the adapter with PEFT's "
@@ -124,38 +126,63 @@ class TransformersRunner:
                     code="invalid_adapter",
                 )
         with require_extra("peft", "finetune", f"Loading the adapter {name}"):
-            from peft import PeftModel
+            import peft  # noqa: F401 - checked before the model is changed
         try:
-            if self._peft_model is None:
-                # PEFT inserts its layers into self.model, which is still the one to run.
-                self._peft_model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
-            else:
-                self._peft_model.load_adapter(folder, adapter_name=name)
-        except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+            self._insert_adapter(name, folder)
+        except (HalfbyteError, ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+            # PEFT may have inserted its layers and loaded a part of the weights into them.
+            self._remove_adapter(name)
             raise ServeError(
                 f"Cannot load {name}: the adapter does not fit this model: {error}",
                 code="invalid_adapter",
             ) from error
         self._adapters.add(name)
-        self.model.eval()
-        self._active = name
-        self._switch(None)
 
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter."""
-        self._switch(None)
-        self._peft_model.delete_adapter(name)
+        self._remove_adapter(name)
         self._adapters.discard(name)
+
+    def _insert_adapter(self, name: str, folder: str) -> None:
+        """Insert an adapter's layers into the model, switched off, and load their weights."""
+        from peft import PeftConfig, get_peft_model
+
+        settings = PeftConfig.from_pretrained(folder)
+        if settings.is_prompt_learning:
+            raise ValueError(f"{settings.peft_type.value} changes prompts instead of layers")
+        if change := find_base_change(self.model, Path(folder), settings):
+            raise ValueError(change)
+        settings.inference_mode = True
+        if self._peft_model is None:
+            # PEFT inserts its layers into self.model, which is still the one to run.
+            self._peft_model = get_peft_model(self.model, settings, adapter_name=name)
+        else:
+            self._peft_model.add_adapter(name, settings)
+        # PEFT accepts a file that lacks weights: those layers would change nothing.
+        missing = self._peft_model.load_adapter(folder, adapter_name=name).missing_keys
+        if missing:
+            raise ValueError(f"its file has no weights for {missing[0]}")
+        self.model.eval()
+        self._switch_off()
+
+    def _remove_adapter(self, name: str) -> None:
+        if self._peft_model is not None:
+            self._switch_off()
+            if name in self._peft_model.peft_config:
+                self._peft_model.delete_adapter(name)
+
+    def _switch_off(self) -> None:
+        self._peft_model.base_model.disable_adapter_layers()
+        self._active = None
 
     def _switch(self, adapter: str | None) -> None:
         if adapter == self._active:
             return
-        layers = self._peft_model.base_model
         if adapter is None:
-            layers.disable_adapter_layers()
-        else:
-            layers.enable_adapter_layers()
-            self._peft_model.set_adapter(adapter)
+            self._switch_off()
+            return
+        self._peft_model.base_model.enable_adapter_layers()
+        self._peft_model.set_adapter(adapter)
         self._active = adapter
 
     def _run_group(self, pieces: Sequence[Piece]) -> list[Tensor]:

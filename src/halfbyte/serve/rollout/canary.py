@@ -9,19 +9,17 @@ answer that the present model finds far less likely than its own.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from halfbyte.errors import ConfigError
 from halfbyte.serve.backend import Call
 from halfbyte.serve.fault import Fault
 from halfbyte.serve.quality_config import QualityConfig
@@ -114,8 +112,8 @@ class Canary:
         self._baseline = RollingMoments(BASELINE_RATINGS)
         self._test = TwoArmTest(config.canary_share, config.canary_margin)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        if self._file is not None and self._file.path.is_file():
-            self._resume(self._file.path)
+        if self._file is not None:
+            self._file.resume(candidate, self._settings(), self._restore)
 
     def pick(self, call: Call) -> bool:
         """Draw at random whether the candidate answers this request."""
@@ -306,22 +304,12 @@ class Canary:
         if self._file is not None:
             self._file.write(self.evidence(), wait=wait)
 
-    def _resume(self, path: Path) -> None:
-        """Resume a trial of the same candidate and settings; rename the file of another one."""
-        try:
-            values = json.loads(path.read_bytes())
-            if values["candidate"] != self.candidate or values["settings"] != self._settings():
-                path.replace(path.with_name(f"canary-{values['started'].replace(':', '')}.json"))
-                return
-            for name, arm in values["arms"].items():
-                self.arms[name] = ArmCount(arm["requests"], arm["failures"], Counter(arm["causes"]))
-            self._test = TwoArmTest(
-                self._config.canary_share, self._config.canary_margin, **values["log_wealth"]
-            )
-            self.status, self.reason = values["status"], values["reason"]
-            self.started = values["started"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"Cannot resume the canary trial from '{path}': {error!r}. Move the file away to "
-                "start a new trial."
-            ) from error
+    def _restore(self, values: Mapping[str, Any]) -> None:
+        for name, arm in values["arms"].items():
+            self.arms[name] = ArmCount(arm["requests"], arm["failures"], Counter(arm["causes"]))
+        self._test = TwoArmTest(
+            self._config.canary_share, self._config.canary_margin, **values["log_wealth"]
+        )
+        self.skipped = values["skipped"]
+        self.status, self.reason = values["status"], values["reason"]
+        self.started = values["started"]

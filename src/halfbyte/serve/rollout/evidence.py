@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.atomic import write_atomically
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,36 @@ class EvidenceFile:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="evidence")
         self._newest: Mapping[str, Any] = {}
         self._last: Future[None] | None = None
+
+    def resume(
+        self,
+        candidate: str,
+        settings: Mapping[str, Any],
+        restore: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        """Resume from the file if it exists; one of another candidate or settings is renamed.
+
+        Args:
+            candidate: Must equal the file's value "candidate".
+            settings: Must equal the file's value "settings".
+            restore: Called with the file's values.
+
+        Raises:
+            ConfigError: The file cannot be read, or lacks a value.
+        """
+        if not self.path.is_file():
+            return
+        try:
+            values = json.loads(self.path.read_bytes())
+            if values["candidate"] != candidate or values["settings"] != settings:
+                started = values["started"].replace(":", "")
+                self.path.replace(self.path.with_name(f"{self.path.stem}-{started}.json"))
+                return
+            restore(values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"Cannot resume from '{self.path}': {error!r}. Move the file away to start anew."
+            ) from error
 
     def write(self, values: Mapping[str, Any], *, wait: bool = False) -> None:
         """Write the file; errors, such as a full disk, are logged only.

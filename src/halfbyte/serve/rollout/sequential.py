@@ -40,12 +40,15 @@ class BettingTest:
             low: The smallest possible value.
             bound: Upper bound of the mean under the hypothesis; above ``low``.
             log_wealth: A saved :attr:`log_wealth` to resume from.
+
+        Raises:
+            ValueError: The saved wealth is of another number of bets.
         """
         self._bound = bound
         self._bets = bet_sizes(low, bound)
-        self._log_wealth = np.zeros(NUM_BETS)
-        if len(log_wealth) == NUM_BETS:
-            self._log_wealth = np.array(log_wealth, dtype=np.float64)
+        if len(log_wealth) not in (0, NUM_BETS):
+            raise ValueError(f"wealth of {len(log_wealth)} bets, not {NUM_BETS}")
+        self._log_wealth = np.array(log_wealth or [0.0] * NUM_BETS, dtype=np.float64)
 
     def update(self, value: float) -> None:
         """Add one value."""
@@ -110,14 +113,18 @@ class TwoArmTest:
 class PairedTest:
     """The same test for requests that both models answered."""
 
-    def __init__(self, margin: float) -> None:
-        """Start without evidence.
+    def __init__(
+        self, margin: float, *, worse: Sequence[float] = (), as_good: Sequence[float] = ()
+    ) -> None:
+        """Start without evidence, or resume.
 
         Args:
             margin: Difference of failure rates up to which the candidate counts as good.
+            worse: Saved log wealth of :attr:`worse` to resume from.
+            as_good: Saved log wealth of :attr:`as_good` to resume from.
         """
-        self.worse = BettingTest(-1.0, 0.0)
-        self.as_good = BettingTest(-1.0, -margin)
+        self.worse = BettingTest(-1.0, 0.0, log_wealth=worse)
+        self.as_good = BettingTest(-1.0, -margin, log_wealth=as_good)
 
     def update(self, *, base_failed: bool, candidate_failed: bool) -> None:
         """Add one request."""

@@ -12,8 +12,9 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ class Shadow:
         clock: Clock = time.monotonic,
         seed: int | None = None,
     ) -> None:
-        """Start with nothing compared.
+        """Start with nothing compared, or resume from the file.
 
         Args:
             candidate: The model that gets the copies.
             config: Share, margin, alpha, and where the evidence is saved.
-            name: The candidate's name in reports; empty: the backend's.
+            name: Identifies the candidate, with its version; empty: the backend's name. Another one
+                starts anew.
             alarm: Called once, when it is shown that the candidate fails more often.
             clock: Returns monotonic seconds.
             seed: For drawing the requests.
@@ -72,6 +74,9 @@ class Shadow:
         self.counts: Counter[str] = Counter()
         self._agreement = 0.0
         self._seconds = {"base": 0.0, "candidate": 0.0}
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        if self._file is not None:
+            self._file.resume(self._route.name, self._settings(), self._restore)
 
     def observe(self, observation: Observation) -> None:
         """Copy a finished request, if it is drawn."""
@@ -133,13 +138,14 @@ class Shadow:
             )
         self._alarmed = self._alarmed or is_worse
         if self._file is not None:
-            self._file.write(self.evidence())
+            self._file.write(self._state())
 
     def evidence(self) -> dict[str, Any]:
         """Return the results, as JSON-serializable values."""
         compared = self.counts["compared"]
         return {
             "candidate": self._route.name,
+            "started": self._started,
             "counts": dict(self.counts),
             "identical": self.counts["identical"] / compared if compared else None,
             "agreement": self._agreement / compared if compared else None,
@@ -152,13 +158,37 @@ class Shadow:
             "evidence_needed": math.log(1 / self._config.canary_alpha),
         }
 
+    def _state(self) -> dict[str, Any]:
+        """Return the evidence with the values that only a restart needs."""
+        return {
+            **self.evidence(),
+            "settings": self._settings(),
+            "alarmed": self._alarmed,
+            "log_wealth": {
+                "worse": self._test.worse.log_wealth,
+                "as_good": self._test.as_good.log_wealth,
+            },
+        }
+
+    def _settings(self) -> dict[str, float]:
+        return {"margin": self._config.canary_margin}
+
+    def _restore(self, values: Mapping[str, Any]) -> None:
+        self.counts.update(values["counts"])
+        if compared := self.counts["compared"]:
+            self._agreement = values["agreement"] * compared
+            self._seconds = {name: mean * compared for name, mean in values["mean_seconds"].items()}
+        self._test = PairedTest(self._config.canary_margin, **values["log_wealth"])
+        self._alarmed = values["alarmed"]
+        self._started = values["started"]
+
     async def close(self) -> None:
         """Cancel running copies, and save the evidence."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         if self._file is not None:
-            self._file.write(self.evidence(), wait=True)
+            self._file.write(self._state(), wait=True)
 
 
 def agreement(left: str, right: str) -> float:

@@ -18,6 +18,7 @@ from halfbyte.errors import ServeError
 from halfbyte.serve.backend import Backend, Call, Event, Served
 from halfbyte.serve.fault import Fault
 from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.rollout.store_models import find_current
 from halfbyte.serve.routing.attempt import Attempt, HoldBack, Route
 from halfbyte.serve.routing.breaker import CircuitBreaker, Clock
 from halfbyte.serve.routing.budget import FallbackBudget, RetryBudget
@@ -99,6 +100,11 @@ class Router:
         """All models: the primary, the canary if there is one, the fallbacks."""
         return [self._primary, *([self._canary] if self._canary else []), *self._fallbacks]
 
+    @property
+    def primary(self) -> Backend:
+        """The backend that takes the primary model's new requests; a swap may replace it."""
+        return find_current(self._primary.backend)
+
     def add_observer(self, observer: Observer) -> None:
         """Call another observer with each finished request."""
         self._observers.append(observer)
@@ -173,7 +179,7 @@ class Router:
                 attempt = None
                 blocked_by = self._acquire(route, observation.attempts)
                 if blocked_by:
-                    served.notes.append(f"{route.role} {route.name} not asked: {blocked_by}")
+                    log.info("%s: %s not asked: %s", call.id, route.name, blocked_by)
                     cause = blocked_by if cause in ("", CRITICAL) else cause
                     continue
                 # An error of a later model hides neither the first one's error nor its answer.
@@ -205,7 +211,6 @@ class Router:
                     await unfinished.close()
             raise
         if kept is not None:
-            served.notes.append(f"{cause}, and no other model could answer")
             served.reason = self._find_reason(kept.route, routes, "")
             # The last attempt is the answer.
             observation.attempts.remove(kept.record)

@@ -33,7 +33,7 @@ class Alert:
 
     name: str
     message: str
-    value: float | None
+    value: float | None = None
     reported_at: float | None = None
     """Monotonic seconds; None while the same alert was reported too recently."""
 
@@ -101,11 +101,11 @@ class Alerts:
             self._count("alerts_raised", name)
             self._post(alert, "raised")
 
-    def report_event(self, name: str, message: str, value: float | None = None) -> None:
+    def report_event(self, name: str, message: str) -> None:
         """Report something that happened once, such as a rollback."""
         log.warning("%s: %s", name, message)
         self._count("alerts_raised", name)
-        self._post(Alert(name, message, value), "happened")
+        self._post(Alert(name, message), "happened")
 
     def _post(self, alert: Alert, state: str) -> None:
         """Queue a webhook message."""

@@ -78,12 +78,11 @@ def detect_language(text: str) -> str | None:
         A script in capitals, such as "CYRILLIC"; for the Latin script a language, such as
         "german"; None if it is not clear.
     """
-    script = script_of(text[:MAX_CHARACTERS])
-    return _detect_latin_language(text) if script == "LATIN" else script
-
-
-def _detect_latin_language(text: str) -> str | None:
-    words = [word.lower() for word in WORD.findall(text[:MAX_CHARACTERS])]
+    text = text[:MAX_CHARACTERS]
+    script = script_of(text)
+    if script != "LATIN":
+        return script
+    words = [word.lower() for word in WORD.findall(text)]
     if len(words) < MIN_WORDS:
         return None
     counts = Counter(name for word in words for name in LANGUAGES.get(word, ()))
@@ -108,7 +107,7 @@ def is_other_language(question: str, answer: str) -> bool:
     scripts = script_of(question[:MAX_CHARACTERS]), script_of(answer[:MAX_CHARACTERS])
     if None in scripts:
         return False
-    if scripts[0] != scripts[1] or scripts[0] != "LATIN":
-        return scripts[0] != scripts[1]
-    expected = _detect_latin_language(question)
-    return expected is not None and _detect_latin_language(answer) not in (None, expected)
+    if scripts[0] != scripts[1]:
+        return True
+    languages = {detect_language(question), detect_language(answer)}
+    return None not in languages and len(languages) == 2

@@ -165,7 +165,8 @@ class RequestLog:
         texts: tuple[Any, Any] = (None, None)
         if self._texts:
             answers = {choice: answer.text(choice) for choice in answer.choices} if answer else {}
-            texts = (observation.call.body, answers)
+            # Cut before they are queued: whole bodies could fill the memory.
+            texts = (_Cutter().cut(observation.call.body), _Cutter().cut(answers))
         return (
             datetime.now(UTC).isoformat(timespec="milliseconds"),
             observation.call.id,
@@ -249,35 +250,44 @@ def redact_row(row: Row) -> Row:
 
 def _to_json(value: Any) -> str:
     # Redacted before: JSON writes a line break as \n, and that "n" would join the next word.
-    return json.dumps(_Redactor().redact_nested(value), ensure_ascii=False, default=str)
+    return json.dumps(redact_nested(value), ensure_ascii=False, default=str)
 
 
-class _Redactor:
-    """Redacts the texts of a nested structure, keys included, up to a number of characters."""
+def redact_nested(value: Any) -> Any:
+    """Redact the texts of a nested structure, keys included."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redact_nested(key): redact_nested(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [redact_nested(entry) for entry in value]
+    return value
+
+
+class _Cutter:
+    """Copies the beginning of a nested structure, up to a number of characters."""
 
     def __init__(self) -> None:
         self._left = MAX_TEXT_CHARACTERS
 
-    def redact_nested(self, value: Any) -> Any:
-        """Redact a value; texts, lists and objects are cut where no characters are left."""
+    def cut(self, value: Any) -> Any:
+        """Copy a value; texts, lists and objects end where no characters are left."""
         self._left -= ITEM_CHARACTERS
         if isinstance(value, str):
-            return self._redact_start(value)
+            return self._cut_text(value)
         if isinstance(value, Mapping):
             return {
-                self.redact_nested(key): self.redact_nested(entry)
-                for key, entry in value.items()
-                if self._left > 0
+                self.cut(key): self.cut(entry) for key, entry in value.items() if self._left > 0
             }
         if isinstance(value, list | tuple):
-            return [self.redact_nested(entry) for entry in value if self._left > 0]
+            return [self.cut(entry) for entry in value if self._left > 0]
         return value
 
-    def _redact_start(self, text: str) -> str:
+    def _cut_text(self, text: str) -> str:
         start = text[: max(self._left, 0)]
         self._left -= len(start)
         if len(start) < len(text):
             # The last word may be the beginning of a secret, which no pattern would match.
             ends = start.rfind(" "), start.rfind("\n"), len(start) - MAX_SECRET_CHARACTERS, 0
             start = start[: max(ends)]
-        return redact(start)
+        return start
