@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,44 @@ def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: P
         ModelError,
         match=r"model\.L_module\.layers: the model runs block 0 after blocks \[0, 1\], but every",
     ):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CALIBRATION,
+            text=token_lists(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("rwkv", {}, r"Cannot stream rwkv\.blocks: the model changes the weights of its blocks"),
+        (
+            "reformer",
+            {
+                "axial_pos_embds_dim": [16, 48],
+                "axial_pos_shape": [16, 16],
+                "is_decoder": True,
+                "attn_layers": ["local", "local"],
+                "local_attn_chunk_length": 8,
+            },
+            r"Cannot stream reformer\.encoder\.layers: the model does not run with hidden states "
+            r"in place of its blocks' outputs \(AttributeError: 'tuple' object has no attribute",
+        ),
+        (
+            "cpmant",
+            {"dim_ff": 96, "dim_head": 16, "prompt_length": 8},
+            r"Cannot stream cpmant\.encoder\.layers\.0: it gets states of shape \[1, 15, 64\] for "
+            r"tokens \[1, 7\], but the same number of states is needed for every token",
+        ),
+    ],
+)
+def test_model_that_cannot_be_streamed_is_refused_with_a_reason(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_family(tmp_path / "base", family, **changes)
+    with pytest.raises(ModelError, match=message):
         halfbyte.quantize(
             tmp_path / "base",
             tmp_path / "out",

@@ -192,7 +192,7 @@ class Attempt:
             self.batches,
             self.probe,
             num_blocks=self.num_blocks,
-            width=int(self.weights.config.get_text_config().hidden_size),
+            token_shape=self.stream.token_shape,
             dtype=self.settings.torch_dtype,
             match_base=self.config.match_base,
             tuned=self._tuned_streams,
