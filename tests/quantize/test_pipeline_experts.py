@@ -120,6 +120,9 @@ def test_experts_of_a_layout_that_is_not_declared_are_listed(experts: int, tmp_p
         "model.layers.0.feed_forward.router": "Llama4Router does not compute what a linear does",
     }
     assert len(report.modules) == 4 + 3, "attention and the shared expert"
+    # Per block: 3 x 64 x 96 of each expert and 64 of the router for each.
+    left = experts * (3 * 64 * 96 + 64)
+    assert report.unquantized_share == pytest.approx(left / (left + 3 * 64 * 96 + 192 * 64))
     assert_loads_and_computes(model, open_checkpoint(tmp_path / "out"))
 
 

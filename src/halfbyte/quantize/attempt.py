@@ -300,6 +300,12 @@ class Attempt:
     def _make_report(
         self, summary: ModuleSummary, quality: QualityReport | None, checkpoint_bytes: int
     ) -> QuantizationReport:
+        numbers = sum(
+            parameter.numel()
+            for block in self.weights.blocks.modules
+            for parameter in block.parameters()
+            if parameter.dim() > 1
+        )
         return QuantizationReport(
             model=self.task.name,
             output=str(self.journal.output),
@@ -319,6 +325,7 @@ class Attempt:
             peak_memory_bytes=peak_memory_bytes(),
             checkpoint_bytes=checkpoint_bytes,
             bits_per_weight=summary.bits_per_weight,
+            unquantized_share=1 - summary.num_weights / numbers,
             versions=installed_versions(),
             machine=machine_facts(),
             # Without duplicates: a second attempt repeats the notes of the first.
