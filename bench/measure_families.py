@@ -53,6 +53,16 @@ TOLERANCE = 1e-4
 """Allowed difference of the logits, relative to the largest."""
 LOW_SHARE = 0.95
 GENERATED = 4
+PRELOADED = (
+    "halfbyte.integrations.generation",
+    "halfbyte.nn.model_loading",
+    "halfbyte.quantize.pipeline",
+    "halfbyte.quantize.run",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "transformers.models.llama.modeling_llama",
+)
+"""What each family's process would import again."""
 
 
 def main() -> None:
@@ -64,7 +74,7 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="update the saved rows of FAMILIES")
     options = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["measure_families"])
+    context.set_forkserver_preload(["measure_families", *PRELOADED])
     results = {}
     for family in options.families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         results[family] = measure_apart(context, family, options.memory, options.seconds)
