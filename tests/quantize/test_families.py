@@ -46,6 +46,7 @@ def test_quantized_model_computes_with_the_dequantized_weights(family: str, tmp_
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     _assert_every_linear_is_accounted_for(base, report, names)
+    assert quantizable_linears(loaded).keys() == quantizable_linears(base).keys()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])

@@ -165,7 +165,8 @@ def computes_linear(module: nn.Module) -> bool:
         False for subclasses whose output is of another shape, such as routers and grouped linears.
     """
     forward = type(module).forward
-    if forward in (nn.Linear.forward, Conv1D.forward):
+    # A quantized linear has no such parameter.
+    if forward in (nn.Linear.forward, Conv1D.forward) or "weight" not in module._parameters:
         return True
     empty = copy.copy(module)
     empty._parameters = {
