@@ -238,9 +238,10 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def describe(error: Exception) -> dict[str, str]:
     """Return an error's message and where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split()).replace(tempfile.gettempdir(), "")
-    kind = "" if isinstance(error, HalfbyteError) else f"{type(error).__name__}: "
-    return {"why": kind + text[:400], "where": f"{Path(last.filename).name}:{last.lineno}"}
+    text = re.sub(r"\S*/base\b", "base", " ".join(str(error).split()))
+    if not isinstance(error, HalfbyteError):
+        text = f"{type(error).__name__}: {text.partition('. ')[0]}"
+    return {"why": text[:400], "where": f"{Path(last.filename).name}:{last.lineno}"}
 
 
 def pattern(name: str) -> str:
@@ -276,7 +277,11 @@ def save(results: dict[str, dict[str, Any]]) -> None:
         "families-left-out",
         columns=["family", "quantized share of the weights in blocks", "left out"],
         rows=[
-            [f, share, ", ".join(f"{n} {s:.0%}" for n, s in results[f]["left_out"].items())]
+            [
+                f,
+                share,
+                ", ".join(f"`{n}` {s:.0%}" for n, s in results[f]["left_out"].items() if s >= 0.01),
+            ]
             for share, f in low
         ],
         note="Matrices only; shares are of tiny models",

@@ -100,6 +100,40 @@ def test_block_that_needs_more_than_hidden_states_is_refused_after_the_first(
     assert "model-00002-of-00007.safetensors" not in shards
 
 
+def test_block_that_takes_a_choice_of_tokens_from_another_is_refused(tmp_path: Path) -> None:
+    shared = {
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "mlp_layer_types": ["dense"] * 3,
+        "layer_types": ["indexed_attention"] * 3,
+        "index_head_dim": 32,
+        "index_n_heads": 4,
+        "index_topk": 8,
+        "indexer_types": ["full", "full", "shared"],
+    }
+    write_family(tmp_path / "base", "hy_v4", **shared)
+    with pytest.raises(
+        ModelError,
+        match=r"Cannot stream model\.layers\.2: it does not run without the blocks before it "
+        r"\(ValueError: Shared DSA layers require top-k indices",
+    ):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CalibrationConfig(samples=2, length=24),
+            text=token_lists(2, 24),
+        )
+
+
 def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: Path) -> None:
     looped = {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 3}
     write_family(tmp_path / "base", "hrm_text", **looped)

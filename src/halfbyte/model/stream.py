@@ -21,7 +21,7 @@ from greenlet import GreenletExit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.errors import ModelError, first_line
+from halfbyte.errors import HalfbyteError, ModelError, first_line
 from halfbyte.model.blocks import Blocks, Stage
 from halfbyte.model.experts import UnfusedExperts
 from halfbyte.model.forward_pass import BlockDone, ForwardPass, InputGetter, current_pass
@@ -206,8 +206,8 @@ class BlockStream:
                 args, kwargs = _with_hidden(args, kwargs, forward_pass.hidden)
             try:
                 returned = forward(*args, **kwargs)
-            except (AttributeError, KeyError, TypeError) as error:
-                if not current:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                if not current or isinstance(error, HalfbyteError):
                     raise
                 raise ModelError(
                     f"Cannot stream {self.blocks.name(current)}: it does not run without the "
