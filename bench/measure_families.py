@@ -129,6 +129,9 @@ def measure(family: str, work: Path) -> dict[str, Any]:
         built["round_trip"] = difference(compute_logits(reference, ids), logits)
     except Exception as error:  # noqa: BLE001 - the result
         return {"outcome": NOT_TRANSFORMERS, **describe(error)}
+    if built["round_trip"] > TOLERANCE:
+        why = f"saved and loaded, its logits differ by {built['round_trip']:.2g} of the largest"
+        return {"outcome": NOT_TRANSFORMERS, **built, "why": why}
     try:
         report = halfbyte.quantize(
             work / "base",

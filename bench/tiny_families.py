@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 128
@@ -70,6 +77,8 @@ _INDEXER = {
     "indexer_compress_ratio": 2,
 }
 
+_VISUAL_TOKENS = {f"<|visual token {i:06d}|>": i + TEXT_TOKENS[1] for i in range(8)}
+
 MORE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {
@@ -91,6 +100,7 @@ MORE: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {"text_config": {"head_dim": 48}},
     "dots3_note_text": {"head_dim": 48},
+    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121, **_VISUAL_TOKENS}},
     "falcon_h1": {"mamba_d_head": 4},
     "gemma4_assistant": {"text_config": {"num_kv_shared_layers": LAYERS}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -128,7 +138,11 @@ def build_tiny(family: str, *, seed: int = 0) -> PreTrainedModel:
         The model in eval mode.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
+    config = tiny_config(family)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        # The text part of a model that can be saved and loaded only as a whole.
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     wide = {
         id(module.weight)
         for module in model.modules()

@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.families import FAMILIES, build_family, token_lists, write_family
+from tests.helpers.families import (
+    FAMILIES,
+    VOCABULARY,
+    build_family,
+    token_lists,
+    write_family,
+)
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MllamaConfig, MllamaForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 import halfbyte
@@ -179,6 +185,41 @@ def test_model_that_cannot_be_streamed_is_refused_with_a_reason(
 ) -> None:
     write_family(tmp_path / "base", family, **changes)
     with pytest.raises(ModelError, match=message):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CALIBRATION,
+            text=token_lists(),
+        )
+
+
+def test_model_that_leaves_out_blocks_for_text_is_refused(tmp_path: Path) -> None:
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [2],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        **tokens,
+    }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_layers_indices": [0, 1],
+        "image_size": 32,
+        "vision_output_dim": 192,
+    }
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=127)
+    MllamaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"for text, the model runs only 2 of its 3 blocks"):
         halfbyte.quantize(
             tmp_path / "base",
             tmp_path / "out",

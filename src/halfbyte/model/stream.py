@@ -138,8 +138,8 @@ class BlockStream:
             input_ids: [1, tokens].
 
         Raises:
-            ModelError: The model runs its blocks in another order or repeatedly, or changes the
-                states between them.
+            ModelError: The model runs its blocks in another order, repeatedly or not at all, or
+                changes the states between them.
         """
         inputs: list[Tensor] = []
 
@@ -176,6 +176,12 @@ class BlockStream:
                     f"states in place of its blocks' outputs ({type(error).__name__}: "
                     f"{first_line(error)}). This kind of model cannot be quantized."
                 ) from error
+        if len(inputs) != len(self.blocks.modules):
+            raise ModelError(
+                f"Cannot stream {self.blocks.prefix}: for text, the model runs only {len(inputs)} "
+                f"of its {len(self.blocks.modules)} blocks. A model that leaves out blocks, such "
+                "as those for images, cannot be quantized."
+            )
 
     def _forward_of(self, j: int, current: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         tail = current == len(self.blocks.modules)
@@ -186,7 +192,7 @@ class BlockStream:
                 raise ModelError(
                     f"Cannot stream {self.blocks.prefix}: the model runs block {j} after blocks "
                     f"{forward_pass.stubs_run[:8]}, but every block must run once, in order. A "
-                    "model that loops over its blocks cannot be quantized."
+                    "model that loops over its blocks, or leaves some out, cannot be quantized."
                 )
             forward_pass.stubs_run.append(j)
             hidden = _hidden_of(args, kwargs)
