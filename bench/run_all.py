@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "measure_cpu_layers": (),
     "measure_cpu_tokens": (QUANTIZED,),
     "measure_engine": (QUANTIZED,),
+    "measure_families": (),
     "measure_faults": (BASE, QUANTIZED, "--work", WORK),
     "measure_flat_memory": (),
     "measure_gateway": (QUANTIZED,),

@@ -132,6 +132,15 @@ def test_table_says_what_it_cost(model: Path, capsys: pytest.CaptureFixture[str]
         assert fact.strip() in captured.err
 
 
+def test_table_says_how_much_was_left(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(model, "--skip", "mlp")) == 0
+    left = 3 * 64 * 96
+    share = left / (left + 2 * 64 * 64 + 2 * 32 * 64)
+    assert f"8 quantized, 6 in 16 bits, {share:.0%} of the blocks' weights" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_resume_of_a_complete_run_gives_its_report(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

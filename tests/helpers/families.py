@@ -37,6 +37,12 @@ _LATENT = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
+_MAMBA = {
+    "mamba_n_heads": 32,
+    "mamba_d_head": 4,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+}
 _BLOOM = {**_COMMON, "n_layer": 3, "n_head": 4}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -85,8 +91,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
     },
+    "granitemoehybrid": {
+        **_GROUPED,
+        **_MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+    },
+    "gpt_oss": {**_GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "afmoe": {
+        **_GROUPED,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+        "sliding_window": 16,
+    },
+    "openai-gpt": {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "deepseek_v4": {
+        **_COMMON,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "q_lora_rank": 32,
+        "o_lora_rank": 32,
+        "o_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "index_head_dim": 32,
+        "index_n_heads": 4,
+        "index_topk": 8,
+    },
 }
 
 

@@ -58,6 +58,36 @@ def test_blocks_are_the_longest_list(family: str, prefix: str) -> None:
     assert blocks.name(2) == f"{prefix}.2"
 
 
+def test_tower_of_more_modules_inside_the_decoder_is_not_taken() -> None:
+    vision = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+    audio = {"num_blocks": 5, "hidden_size": 64, "num_attention_heads": 4}
+    model = build_family(
+        "phi4_multimodal",
+        num_key_value_heads=2,
+        vision_config={**vision, "intermediate_size": 96},
+        audio_config={**audio, "intermediate_size": 96},
+    )
+    blocks = find_blocks(model)
+    assert (blocks.prefix, len(blocks.modules)) == ("model.layers", 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "name", "linear"),
+    [
+        ("llama4_text", {}, "feed_forward.router", False),
+        ("deepseek_v4", {}, "self_attn.o_a_proj", False),
+        ("falcon", {}, "self_attention.dense", True),
+        ("gpt2", {}, "attn.c_proj", True),
+    ],
+)
+def test_subclass_that_computes_something_else_is_no_linear(
+    family: str, changes: dict[str, int], name: str, linear: bool
+) -> None:
+    block = find_blocks(build_family(family, **changes)).modules[0]
+    assert isinstance(block.get_submodule(name), nn.Linear | Conv1D)
+    assert (name in quantizable_linears(block)) == linear
+
+
 def test_single_block_with_an_inner_list_is_found() -> None:
     blocks = find_blocks(build_family("mixtral", num_hidden_layers=1))
     assert blocks.prefix == "model.layers"

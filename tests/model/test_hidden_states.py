@@ -15,7 +15,7 @@ SHAPES = [(2, 5), (1, 3), (2, 5)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_batches_round_trip_bit_identically(dtype: torch.dtype, tmp_path: Path) -> None:
     batches = [torch.randn(*shape, 4).to(dtype) for shape in SHAPES]
-    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, dtype) as states:
+    with HiddenStates(tmp_path / "h.bin", SHAPES, (4,), dtype) as states:
         for index in (2, 0, 1):
             states.write(index, batches[index])
         for index, batch in enumerate(batches):
@@ -27,23 +27,23 @@ def test_batches_round_trip_bit_identically(dtype: torch.dtype, tmp_path: Path) 
 
 
 def test_existing_file_is_reused(tmp_path: Path) -> None:
-    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+    with HiddenStates(tmp_path / "h.bin", SHAPES, (4,), torch.float32) as states:
         states.write(1, torch.full((1, 3, 4), 7.0))
         digest = states.digest()
-    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+    with HiddenStates(tmp_path / "h.bin", SHAPES, (4,), torch.float32) as states:
         assert states.digest() == digest
         assert bool((states.read(1) == 7).all())
 
 
 def test_read_returns_a_copy(tmp_path: Path) -> None:
-    with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.float32) as states:
+    with HiddenStates(tmp_path / "h.bin", [(1, 2)], (4,), torch.float32) as states:
         states.write(0, torch.ones(1, 2, 4))
         states.read(0).zero_()
         assert bool((states.read(0) == 1).all())
 
 
 def test_digest_depends_on_every_bit(tmp_path: Path) -> None:
-    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+    with HiddenStates(tmp_path / "h.bin", SHAPES, (4,), torch.float32) as states:
         for index, shape in enumerate(SHAPES):
             states.write(index, torch.randn(*shape, 4))
         before = states.digest()
@@ -54,7 +54,7 @@ def test_digest_depends_on_every_bit(tmp_path: Path) -> None:
 
 
 def test_other_dtype_is_cast_and_other_shape_refused(tmp_path: Path) -> None:
-    with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.bfloat16) as states:
+    with HiddenStates(tmp_path / "h.bin", [(1, 2)], (4,), torch.bfloat16) as states:
         states.write(0, torch.full((1, 2, 4), 1.5, dtype=torch.float32))
         assert bool((states.read(0) == 1.5).all())
         with pytest.raises(AssertionError, match=r"batch 0: \(2, 2, 4\) != \(1, 2, 4\)"):
@@ -62,7 +62,7 @@ def test_other_dtype_is_cast_and_other_shape_refused(tmp_path: Path) -> None:
 
 
 def test_truncated_file_raises(tmp_path: Path) -> None:
-    with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.float32) as states:
+    with HiddenStates(tmp_path / "h.bin", [(1, 2)], (4,), torch.float32) as states:
         states.write(0, torch.ones(1, 2, 4))
         (tmp_path / "h.bin").write_bytes(b"1234")
         with pytest.raises(OSError, match=r"h\.bin ends early"):
@@ -71,7 +71,7 @@ def test_truncated_file_raises(tmp_path: Path) -> None:
 
 def test_device_states_are_written_to_the_file_by_save(tmp_path: Path) -> None:
     old, new = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
-    with DeviceHiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+    with DeviceHiddenStates(tmp_path / "h.bin", SHAPES, (4,), torch.float32) as states:
         states.write(0, old)
         states.write(1, torch.ones(1, 3, 4))
         states.write(2, old)
@@ -79,15 +79,15 @@ def test_device_states_are_written_to_the_file_by_save(tmp_path: Path) -> None:
         states.write(2, new)
         assert states.read(2) is new or torch.equal(states.read(2), new)
         assert states.digest() == saved
-    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+    with HiddenStates(tmp_path / "h.bin", SHAPES, (4,), torch.float32) as states:
         assert states.digest() == saved
         assert torch.equal(states.read(2), old)
 
 
 def test_writing_device_states_frees_the_replaced_batch(tmp_path: Path) -> None:
     with (
-        DeviceHiddenStates(tmp_path / "0.bin", SHAPES, 4, torch.float32) as before,
-        DeviceHiddenStates(tmp_path / "1.bin", SHAPES, 4, torch.float32) as behind,
+        DeviceHiddenStates(tmp_path / "0.bin", SHAPES, (4,), torch.float32) as before,
+        DeviceHiddenStates(tmp_path / "1.bin", SHAPES, (4,), torch.float32) as behind,
     ):
         behind.replaced = before
         for batch, (sequences, tokens) in enumerate(SHAPES):
@@ -105,8 +105,8 @@ def test_full_disk_raises_with_the_size(tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointError, match=r"Cannot write .*h\.bin, the hidden states of 1\.6"
         ):
-            HiddenStates(tmp_path / "h.bin", [(1, 100)], 4, torch.float32)
-        with HiddenStates(tmp_path / "i.bin", [(1, 50)], 4, torch.float32) as states:
+            HiddenStates(tmp_path / "h.bin", [(1, 100)], (4,), torch.float32)
+        with HiddenStates(tmp_path / "i.bin", [(1, 50)], (4,), torch.float32) as states:
             resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
             with pytest.raises(CheckpointError, match=r"i\.bin, .* 800 B: File too large\. Free"):
                 states.write(0, torch.zeros(1, 50, 4))

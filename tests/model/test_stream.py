@@ -98,6 +98,7 @@ def test_block_out_of_order_is_refused(tmp_path: Path) -> None:
     write_family(tmp_path, "llama")
     weights, stream = open_stream(tmp_path)
     weights.load_block(1)
+    assert stream.token_shape == (64,)
     base_forward = weights.model.model.forward
     layers = weights.model.model.layers
 
@@ -161,7 +162,11 @@ def test_block_that_gives_several_states_per_token_is_refused(tmp_path: Path) ->
     block.forward = lambda *args, **kwargs: args[0][:, :, None].expand(-1, -1, 4, -1)
     with (
         stream.at(0),
-        pytest.raises(ModelError, match=r"shape \[1, 8, 4, 64\] for tokens \[1, 8\], but one v"),
+        pytest.raises(
+            ModelError,
+            match=r"shape \[1, 8, 4, 64\] for tokens \[1, 8\], but the first "
+            r"block gets \[1, 8, 64\]",
+        ),
     ):
         stream.run(torch.tensor(token_lists(1, 8)), None)
 

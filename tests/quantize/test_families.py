@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests.helpers.families import FAMILIES, build_family, token_lists, write_family
+from tests.helpers.families import (
+    FAMILIES,
+    VOCABULARY,
+    build_family,
+    token_lists,
+    write_family,
+)
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MllamaConfig, MllamaForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 import halfbyte
@@ -45,6 +52,7 @@ def test_quantized_model_computes_with_the_dequantized_weights(family: str, tmp_
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     _assert_every_linear_is_accounted_for(base, report, names)
+    assert quantizable_linears(loaded).keys() == quantizable_linears(base).keys()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
@@ -98,6 +106,40 @@ def test_block_that_needs_more_than_hidden_states_is_refused_after_the_first(
     assert "model-00002-of-00007.safetensors" not in shards
 
 
+def test_block_that_takes_a_choice_of_tokens_from_another_is_refused(tmp_path: Path) -> None:
+    shared = {
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "mlp_layer_types": ["dense"] * 3,
+        "layer_types": ["indexed_attention"] * 3,
+        "index_head_dim": 32,
+        "index_n_heads": 4,
+        "index_topk": 8,
+        "indexer_types": ["full", "full", "shared"],
+    }
+    write_family(tmp_path / "base", "hy_v4", **shared)
+    with pytest.raises(
+        ModelError,
+        match=r"Cannot stream model\.layers\.2: it does not run without the blocks before it "
+        r"\(ValueError: Shared DSA layers require top-k indices",
+    ):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CalibrationConfig(samples=2, length=24),
+            text=token_lists(2, 24),
+        )
+
+
 def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: Path) -> None:
     looped = {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 3}
     write_family(tmp_path / "base", "hrm_text", **looped)
@@ -105,6 +147,79 @@ def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: P
         ModelError,
         match=r"model\.L_module\.layers: the model runs block 0 after blocks \[0, 1\], but every",
     ):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CALIBRATION,
+            text=token_lists(),
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("rwkv", {}, r"Cannot stream rwkv\.blocks: the model changes the weights of its blocks"),
+        (
+            "reformer",
+            {
+                "axial_pos_embds_dim": [16, 48],
+                "axial_pos_shape": [16, 16],
+                "is_decoder": True,
+                "attn_layers": ["local", "local"],
+                "local_attn_chunk_length": 8,
+            },
+            r"Cannot stream reformer\.encoder\.layers: the model does not run with hidden states "
+            r"in place of its blocks' outputs \(AttributeError: 'tuple' object has no attribute",
+        ),
+        (
+            "cpmant",
+            {"dim_ff": 96, "dim_head": 16, "prompt_length": 8},
+            r"Cannot stream cpmant\.encoder\.layers\.0: it gets states of shape \[1, 15, 64\] for "
+            r"tokens \[1, 7\], but the same number of states is needed for every token",
+        ),
+    ],
+)
+def test_model_that_cannot_be_streamed_is_refused_with_a_reason(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_family(tmp_path / "base", family, **changes)
+    with pytest.raises(ModelError, match=message):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CALIBRATION,
+            text=token_lists(),
+        )
+
+
+def test_model_that_leaves_out_blocks_for_text_is_refused(tmp_path: Path) -> None:
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [2],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        **tokens,
+    }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 4,
+        "intermediate_layers_indices": [0, 1],
+        "image_size": 32,
+        "vision_output_dim": 192,
+    }
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=127)
+    MllamaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"for text, the model runs only 2 of its 3 blocks"):
         halfbyte.quantize(
             tmp_path / "base",
             tmp_path / "out",

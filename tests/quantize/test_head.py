@@ -37,6 +37,15 @@ def test_head_is_quantized_and_untied(tied: bool, family: str, tmp_path: Path) -
     assert_loads_and_computes(model, checkpoint)
 
 
+def test_head_that_packed_tensors_would_not_reach_by_its_name_on_disk(tmp_path: Path) -> None:
+    # Transformers renames head.weight, but not head.qweight.
+    config = QuantConfig(group_size=32, lm_head=True)
+    changes = {"num_hidden_layers": 1}
+    model, _, checkpoint = run(tmp_path, config, family="deepseek_v4", changes=changes)
+    assert "lm_head" in checkpoint.linears
+    assert_loads_and_computes(model, checkpoint)
+
+
 def test_head_stays_tied_by_default(tmp_path: Path) -> None:
     changes = {**SMALL, "tie_word_embeddings": True}
     model, _, checkpoint = run(tmp_path, QuantConfig(group_size=32), changes=changes)

@@ -15,7 +15,7 @@ from tests.quantize.test_resume import weight_digests
 import halfbyte
 from halfbyte.errors import ConfigError
 from halfbyte.machine.memory import limit_device_memory
-from halfbyte.model.stream import _ForwardPass
+from halfbyte.model.forward_pass import ForwardPass
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
 from halfbyte.quantize import run_states, token_gradients
@@ -36,7 +36,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def device(monkeypatch) -> Callable[..., None]:
     """Makes forward passes of too many sequences run out of memory after some blocks."""
-    run = _ForwardPass.run
+    run = ForwardPass.run
 
     def hold(
         most: int | None = None,
@@ -45,13 +45,13 @@ def device(monkeypatch) -> Callable[..., None]:
         of: Path = Path(),
         error: Exception | None = None,
     ) -> None:
-        def run_if_it_fits(self: _ForwardPass) -> None:
+        def run_if_it_fits(self: ForwardPass) -> None:
             done = len(list(of.glob("model-*.safetensors"))) if behind else 0
             if most is not None and done >= behind and len(self.input_ids) > most:
                 raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             run(self)
 
-        monkeypatch.setattr(_ForwardPass, "run", run_if_it_fits)
+        monkeypatch.setattr(ForwardPass, "run", run_if_it_fits)
 
     return hold
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.checkpoints import read_tensors
@@ -95,7 +96,8 @@ def test_number_of_an_expert_in_a_name(name: str, expert: int | None) -> None:
     assert expert_of(name) == expert
 
 
-def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", [4, 32])
+def test_experts_of_a_layout_that_is_not_declared_are_listed(experts: int, tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "llama4_text",
         vocab_size=VOCABULARY,
@@ -106,7 +108,7 @@ def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> 
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        num_local_experts=4,
+        num_local_experts=experts,
         interleave_moe_layer_step=1,
         pad_token_id=0,
     )
@@ -114,11 +116,45 @@ def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "base")
     report = quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32))
     assert {m.name: m.reason for m in report.skipped} == {
-        "model.layers.0.feed_forward.experts": "its experts cannot be split into linears",
-        "model.layers.0.feed_forward.router": "4 outputs are not a multiple of 32",
+        "model.layers.0.feed_forward.experts": "its 3-D weights cannot be split into linears",
+        "model.layers.0.feed_forward.router": "Llama4Router does not compute what a linear does",
     }
     assert len(report.modules) == 4 + 3, "attention and the shared expert"
+    # Per block: 3 x 64 x 96 of each expert and 64 of the router for each.
+    left = experts * (3 * 64 * 96 + 64)
+    assert report.unquantized_share == pytest.approx(left / (left + 3 * 64 * 96 + 192 * 64))
     assert_loads_and_computes(model, open_checkpoint(tmp_path / "out"))
+
+
+def test_matrices_that_are_not_linears_are_listed(tmp_path: Path) -> None:
+    changes = {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    }
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="dbrx", changes=changes)
+    reasons = {m.name: m.reason for m in report.skipped}
+    name = "transformer.blocks.0.ffn.experts.mlp"
+    assert reasons[name] == "its weights are matrices, but not those of a linear"
+
+
+def test_router_inside_a_module_of_its_own_stays_in_16_bits(tmp_path: Path) -> None:
+    changes = {"num_experts": 32, "num_dense_layers": 0, "num_hidden_layers": 1}
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="afmoe", changes=changes)
+    reasons = {m.name: m.reason for m in report.skipped}
+    assert reasons["model.layers.0.mlp.router.gate"] == "it routes tokens to experts"
+
+
+@pytest.mark.parametrize("changes", [{"weigh_tokens": True}, {"target_bits": 6.0}])
+def test_experts_fused_on_disk_are_loaded_more_than_once(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = QuantConfig(group_size=32, **changes)
+    model, report, checkpoint = run(tmp_path, config, family="gpt_oss")
+    assert sum(".experts." in m.name for m in report.modules) == 2 * 4 * 3
+    assert_loads_and_computes(model, checkpoint)
 
 
 def test_every_token_goes_to_its_experts_and_no_other(tmp_path: Path) -> None:

@@ -39,9 +39,8 @@ def weights(tmp_path: Path) -> ModelWeights:
 def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: Any) -> RunPlan:
     calibration = CalibrationConfig(batch_size=asked.pop("batch_size", None))
     config = QuantConfig(**asked.pop("config", {}))
-    return resolve_resources(
-        weights, ResourceConfig(**asked), calibration, config, lengths or [2048] * 128
-    )
+    lengths = lengths or [2048] * 128
+    return resolve_resources(weights, ResourceConfig(**asked), calibration, config, lengths, 64)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _count_modules(report: QuantizationReport) -> str:
+    text = f"{len(report.modules)} quantized, {len(report.skipped)} in 16 bits"
+    share = report.unquantized_share
+    return f"{text}, {share:.0%} of the blocks' weights" if share >= 0.01 else text
+
+
 def _print_report(report: QuantizationReport) -> None:
     from halfbyte.units import format_bytes, format_seconds
 
@@ -86,7 +92,7 @@ def _print_report(report: QuantizationReport) -> None:
     table.add_row("checkpoint", report.output)
     table.add_row("size", format_bytes(report.checkpoint_bytes))
     table.add_row("bits per weight", f"{report.bits_per_weight:.2f} in quantized layers")
-    table.add_row("modules", f"{len(report.modules)} quantized, {len(report.skipped)} in 16 bits")
+    table.add_row("modules", _count_modules(report))
     coverage = report.expert_coverage()
     if coverage:
         fewest = min(min(block.tokens) for block in coverage)

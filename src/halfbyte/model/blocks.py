@@ -6,6 +6,7 @@ inputs are found by running a block once and comparing the tensors that reach it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 def find_blocks(model: nn.Module) -> Blocks:
     """Find the decoder blocks: the module list of the text decoder that contains most modules.
 
+    Lists of as many modules as the configuration has layers come first.
     Modules are counted instead of parameters, because a quantized linear has no parameters.
 
     Args:
@@ -129,6 +131,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     inside = set(decoder.modules())
     # What a model calls its decoder may also be its head.
     lists = {n: m for n, m in lists.items() if m in inside} or lists
+    # What it calls its decoder may also be the whole model, towers of images and sounds included.
+    layers = _count_layers(model)
+    lists = {n: m for n, m in lists.items() if len(m) == layers} or lists
     if not lists:
         raise ModelError(
             f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of "
@@ -138,9 +143,46 @@ def find_blocks(model: nn.Module) -> Blocks:
     return Blocks(prefix=prefix, modules=tuple(lists[prefix]))
 
 
+def _count_layers(model: nn.Module) -> int | None:
+    """Return the number of decoder blocks by the model's configuration, if that says so."""
+    config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    return getattr(config, "num_hidden_layers", None)
+
+
 def quantizable_linears(block: nn.Module) -> dict[str, nn.Module]:
     """List the linears of a block by name, in module order."""
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return {
+        n: m
+        for n, m in block.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and computes_linear(m)
+    }
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a module computes x Wᵀ + b; a subclass of a linear may do something else.
+
+    Args:
+        module: A linear; its weight may be on the meta device.
+
+    Returns:
+        False for subclasses whose output is of another shape, such as routers and grouped linears.
+    """
+    forward = type(module).forward
+    # A quantized linear has no such parameter.
+    if forward in (nn.Linear.forward, Conv1D.forward) or "weight" not in module._parameters:
+        return True
+    empty = copy.copy(module)
+    empty._parameters = {
+        name: p if p is None else nn.Parameter(p.data.to("meta"), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    out_features, in_features = linear_weight(module).shape
+    x = torch.empty(1, 2, in_features, dtype=linear_weight(module).dtype, device="meta")
+    try:
+        output = forward(empty, x)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, 2, out_features)
 
 
 def linear_weight(linear: nn.Module) -> Tensor:

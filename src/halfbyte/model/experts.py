@@ -74,7 +74,11 @@ class UnfusedExperts(nn.Module):
         for expert in range(self.num_experts):
             self.add_module(str(expert), _split_expert(fused, expert, names))
         # The fused module is kept without its parameters, for the model's own gate formula.
-        for name in [name for name, _ in fused.named_parameters(recurse=False)]:
+        self._empty = {
+            name: nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+            for name, parameter in fused.named_parameters(recurse=False)
+        }
+        for name in self._empty:
             delattr(fused, name)
         self._gate = [fused]
 
@@ -101,6 +105,13 @@ class UnfusedExperts(nn.Module):
             result = self.projection(expert, self.names.down)(states)
             output.index_add_(0, tokens, result * top_k_weights[tokens, slot, None])
         return output.to(hidden_states.dtype)
+
+    def fused(self) -> nn.Module:
+        """Return the original module, with parameters on the meta device again."""
+        module = self._gate[0]
+        for name, parameter in self._empty.items():
+            module.register_parameter(name, parameter)
+        return module
 
     def projection(self, expert: int, name: str) -> nn.Module:
         """Return one expert's linear by its name on disk."""
@@ -207,6 +218,17 @@ def unfuse_experts(model: nn.Module, wanted: Callable[[str], bool] | None = None
         setattr(model.get_submodule(parent), child, UnfusedExperts(fused, projection_names(rules)))
         replaced.append(name)
     return replaced
+
+
+def join_experts(block: nn.Module) -> None:
+    """Undo :func:`unfuse_experts` for a block without weights, so that they can be loaded again.
+
+    Files may hold experts fused, and Transformers loads those into the original module only.
+    """
+    for name, module in list(block.named_modules()):
+        if isinstance(module, UnfusedExperts):
+            parent, _, child = name.rpartition(".")
+            setattr(block.get_submodule(parent), child, module.fused())
 
 
 def projection_names(rules: Renaming) -> ProjectionNames:

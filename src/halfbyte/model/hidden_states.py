@@ -7,6 +7,7 @@ them costs a copy and no disk access.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,17 +22,21 @@ from halfbyte.units import format_bytes
 
 
 class HiddenStates:
-    """A file with one tensor [sequences, tokens, hidden] of the same dtype per batch."""
+    """A file with one tensor [sequences, tokens, *token_shape] of the same dtype per batch."""
 
     def __init__(
-        self, path: Path, batches: Sequence[tuple[int, int]], width: int, dtype: torch.dtype
+        self,
+        path: Path,
+        batches: Sequence[tuple[int, int]],
+        token_shape: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> None:
         """Open the file, creating or resizing it if needed.
 
         Args:
             path: The file.
             batches: Sequences and tokens of each batch.
-            width: Hidden size.
+            token_shape: Shape of one token's states.
             dtype: Element type.
 
         Raises:
@@ -39,8 +44,8 @@ class HiddenStates:
         """
         self.path = path
         self.dtype = dtype
-        self._shapes = [(count, length, width) for count, length in batches]
-        sizes = [c * n * w * dtype.itemsize for c, n, w in self._shapes]
+        self._shapes = [(count, length, *token_shape) for count, length in batches]
+        sizes = [math.prod(shape) * dtype.itemsize for shape in self._shapes]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.num_bytes = sum(sizes)
         with self._writing(), ExitStack() as undo:
@@ -122,10 +127,14 @@ class DeviceHiddenStates(HiddenStates):
     """
 
     def __init__(
-        self, path: Path, batches: Sequence[tuple[int, int]], width: int, dtype: torch.dtype
+        self,
+        path: Path,
+        batches: Sequence[tuple[int, int]],
+        token_shape: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> None:
         """Open the file, creating or resizing it if needed; no states are held yet."""
-        super().__init__(path, batches, width, dtype)
+        super().__init__(path, batches, token_shape, dtype)
         self._held: list[Tensor | None] = [None] * len(batches)
         self.replaced: DeviceHiddenStates | None = None
         """The other object, whose batch is freed when the same batch is written here."""

@@ -15,6 +15,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -57,6 +58,21 @@ class Renaming:
         if renamed not in self._state and disk_key in self._state:
             return disk_key
         return str(renamed)
+
+    def keeps_packed(self, disk_module: str) -> bool:
+        """Whether a module's packed tensors are renamed as its weight is.
+
+        A rule may match the full name of the weight only.
+
+        Args:
+            disk_module: The module's name in the files.
+
+        Returns:
+            False if packed tensors of this name would not be found.
+        """
+        weight = apply_renamings(f"{disk_module}.weight", self._renamings)
+        packed = apply_renamings(f"{disk_module}.qweight", self._renamings)
+        return bool(packed == f"{weight.removesuffix('weight')}qweight")
 
     def parameters_of(self, disk_key: str) -> list[str]:
         """Return every parameter that a tensor on disk becomes, or becomes part of.

@@ -14,60 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import GreenletExit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.errors import ModelError, first_line
+from halfbyte.errors import HalfbyteError, ModelError, first_line
 from halfbyte.model.blocks import Blocks, Stage
 from halfbyte.model.experts import UnfusedExperts
+from halfbyte.model.forward_pass import BlockDone, ForwardPass, InputGetter, current_pass
 
-InputGetter = Callable[[], Tensor]
-
-
-@dataclass(slots=True)
-class _BlockDone(Exception):  # ends a forward, reports no error
-    output: Any
-
-
-class _ForwardPass(greenlet):
-    """A forward pass of one batch that can pause inside the model."""
-
-    def __init__(self, model: nn.Module, input_ids: Tensor, hidden: Tensor | None) -> None:
-        super().__init__()
-        self.model = model
-        self.input_ids = input_ids
-        self.hidden = hidden
-        self.stubs_run: list[int] = []
-        self.target: int | None = None
-        self.stage: int = -1
-        self.inputs: Sequence[InputGetter] = ()
-        self.output: Any = None
-
-    def run(self) -> None:
-        try:
-            self.output = self.model(input_ids=self.input_ids, use_cache=False)
-        except _BlockDone as done:
-            self.output = done.output
-        except GreenletExit:
-            return
-
-    def pause(self, stage: int, inputs: Sequence[InputGetter]) -> None:
-        """Pause at a stage, if the caller of :meth:`resume` waits for this or an earlier one."""
-        if self.target is None or stage < self.target or stage <= self.stage:
-            return
-        self.stage, self.inputs = stage, inputs
-        self.parent.switch()
-        self.inputs = ()
-
-    def resume(self, target: int | None) -> None:
-        """Run to the first stage at or after the target; to the end if the target is None."""
-        self.target = target
-        self.switch()
+SHAPE_TOKENS = 7
+"""Tokens that are run to find the shape of a token's states; unlike any other size."""
 
 
 class BlockStream:
@@ -84,8 +44,55 @@ class BlockStream:
         self.model = model
         self.blocks = blocks
         self.dtype = dtype
+        self._token_shape: tuple[int, ...] | None = None
         self.output_sizes: dict[int, int] = {}
         """By block: the length of the tuple that it returns, or 0 if it returns a tensor."""
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """Shape of one token's states between blocks: the hidden size, or several such vectors.
+
+        Raises:
+            ModelError: The states in front of the first block are not one set per token.
+        """
+        if self._token_shape is None:
+            self._token_shape = self._measure_token_shape()
+        return self._token_shape
+
+    def _measure_token_shape(self) -> tuple[int, ...]:
+        """Run the model up to its first block, whose weights need not be loaded."""
+        name, first = self.blocks.name(0), self.blocks.modules[0]
+        embeddings: Any = self.model.get_input_embeddings()
+        ids = torch.ones((1, SHAPE_TOKENS), dtype=torch.int64, device=embeddings.weight.device)
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise BlockDone(_hidden_of(args, kwargs))
+
+        parameters = [p for block in self.blocks.modules for p in block.parameters()]
+        versions = [parameter._version for parameter in parameters]
+        with ExitStack() as stack:
+            before = first.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+            stack.callback(before.remove)
+            self._cast_outside(stack)
+            hidden = self.run(ids, None)
+        if not isinstance(hidden, Tensor):
+            raise ModelError(
+                f"Cannot stream {name}: the model does not run it for text, so these may be blocks "
+                "of another part of it. This kind of model cannot be quantized."
+            )
+        if [parameter._version for parameter in parameters] != versions:
+            raise ModelError(
+                f"Cannot stream {self.blocks.prefix}: the model changes the weights of its blocks "
+                "while it runs, but packed weights cannot be changed. If a setting in config.json "
+                "turns this off, change it first."
+            )
+        if hidden.shape[:2] != ids.shape:
+            raise ModelError(
+                f"Cannot stream {name}: it gets states of shape {list(hidden.shape)} for tokens "
+                f"{list(ids.shape)}, but the same number of states is needed for every token. This "
+                "kind of model cannot be quantized."
+            )
+        return tuple(hidden.shape[2:])
 
     @contextmanager
     def at(self, index: int, stages: Sequence[Stage] = ()) -> Iterator[None]:
@@ -95,6 +102,7 @@ class BlockStream:
             index: The block; ``len(blocks)`` is the model's tail, everything after the last block.
             stages: Where forward passes can pause.
         """
+        _ = self.token_shape  # measured before anything is replaced
         with ExitStack() as stack:
             for j, block in enumerate(self.blocks.modules):
                 forward = block.forward
@@ -117,7 +125,7 @@ class BlockStream:
         Returns:
             The block's output hidden states, or the model's own output after the tail.
         """
-        forward_pass = _ForwardPass(self.model, input_ids, hidden)
+        forward_pass = ForwardPass(self.model, input_ids, hidden)
         forward_pass.resume(None)
         return forward_pass.output
 
@@ -130,13 +138,13 @@ class BlockStream:
             input_ids: [1, tokens].
 
         Raises:
-            ModelError: The model runs its blocks in another order or repeatedly, or changes the
-                states between them.
+            ModelError: The model runs its blocks in another order, repeatedly or not at all, or
+                changes the states between them.
         """
         inputs: list[Tensor] = []
 
         def stop(*_: Any) -> None:
-            raise _BlockDone(None)
+            raise BlockDone(None)
 
         def compare(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
@@ -151,8 +159,8 @@ class BlockStream:
                     "model cannot be quantized."
                 )
 
-        width = self.model.config.get_text_config().hidden_size
-        hidden = torch.zeros((*input_ids.shape, width), dtype=self.dtype, device=input_ids.device)
+        shape = (*input_ids.shape, *self.token_shape)
+        hidden = torch.zeros(shape, dtype=self.dtype, device=input_ids.device)
         with self.at(len(self.blocks.modules)), ExitStack() as stack:
             head = self.model.get_output_embeddings()
             if head is not None:
@@ -160,18 +168,31 @@ class BlockStream:
             for block in self.blocks.modules:
                 after = block.register_forward_hook(compare, with_kwargs=True)
                 stack.callback(after.remove)
-            self.run(input_ids, hidden)
+            try:
+                self.run(input_ids, hidden)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ModelError(
+                    f"Cannot stream {self.blocks.prefix}: the model does not run with hidden "
+                    f"states in place of its blocks' outputs ({type(error).__name__}: "
+                    f"{first_line(error)}). This kind of model cannot be quantized."
+                ) from error
+        if len(inputs) != len(self.blocks.modules):
+            raise ModelError(
+                f"Cannot stream {self.blocks.prefix}: for text, the model runs only {len(inputs)} "
+                f"of its {len(self.blocks.modules)} blocks. A model that leaves out blocks, such "
+                "as those for images, cannot be quantized."
+            )
 
     def _forward_of(self, j: int, current: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         tail = current == len(self.blocks.modules)
 
         def stub(*args: Any, **kwargs: Any) -> Any:
-            forward_pass = _current_pass()
+            forward_pass = current_pass()
             if tail and forward_pass.stubs_run != list(range(j)):
                 raise ModelError(
                     f"Cannot stream {self.blocks.prefix}: the model runs block {j} after blocks "
                     f"{forward_pass.stubs_run[:8]}, but every block must run once, in order. A "
-                    "model that loops over its blocks cannot be quantized."
+                    "model that loops over its blocks, or leaves some out, cannot be quantized."
                 )
             forward_pass.stubs_run.append(j)
             hidden = _hidden_of(args, kwargs)
@@ -181,7 +202,7 @@ class BlockStream:
             return (hidden, *[None] * (size - 1)) if size else hidden
 
         def run_block(*args: Any, **kwargs: Any) -> Any:
-            forward_pass = _current_pass()
+            forward_pass = current_pass()
             if forward_pass.stubs_run != list(range(current)):
                 raise ModelError(
                     f"Cannot stream {self.blocks.name(current)}: the model ran blocks "
@@ -191,8 +212,8 @@ class BlockStream:
                 args, kwargs = _with_hidden(args, kwargs, forward_pass.hidden)
             try:
                 returned = forward(*args, **kwargs)
-            except (AttributeError, KeyError, TypeError) as error:
-                if not current:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                if not current or isinstance(error, HalfbyteError):
                     raise
                 raise ModelError(
                     f"Cannot stream {self.blocks.name(current)}: it does not run without the "
@@ -201,21 +222,21 @@ class BlockStream:
                     "them; such a model cannot be quantized."
                 ) from error
             output = self._hidden_output(j, returned)
-            width = self.model.config.get_text_config().hidden_size
-            if output.shape != (*forward_pass.input_ids.shape, width):
+            tokens = forward_pass.input_ids.shape
+            if output.shape != (*tokens, *self.token_shape):
                 raise ModelError(
                     f"Cannot stream {self.blocks.name(j)}: it returns states of shape "
-                    f"{list(output.shape)} for tokens {list(forward_pass.input_ids.shape)}, but "
-                    f"one vector of {width} numbers per token is needed. This kind of model cannot "
-                    "be quantized."
+                    f"{list(output.shape)} for tokens {list(tokens)}, but the first block gets "
+                    f"{[*tokens, *self.token_shape]}. This kind of model cannot be quantized."
                 )
-            raise _BlockDone(output)
+            raise BlockDone(output)
 
         return run_block if j == current else stub
 
     def _hidden_output(self, index: int, output: Any) -> Tensor:
-        self.output_sizes[index] = len(output) if isinstance(output, tuple) else 0
-        hidden = output[0] if isinstance(output, tuple) else output
+        several = isinstance(output, tuple | list)
+        self.output_sizes[index] = len(output) if several else 0
+        hidden = output[0] if several else output
         if not isinstance(hidden, Tensor):
             raise ModelError(
                 f"Cannot stream {self.blocks.name(index)}: it returns {type(hidden).__name__}, "
@@ -255,13 +276,13 @@ class BlockStream:
                 numbers = {
                     s.experts_stage: n for n, s in enumerate(stages) if s.experts == stage.experts
                 }
-                experts.observer = lambda name, inputs, n=numbers: _current_pass().pause(
+                experts.observer = lambda name, inputs, n=numbers: current_pass().pause(
                     n[name], inputs
                 )
             else:
                 linear = root.get_submodule(stage.groups[0].linears[0])
                 hook = linear.register_forward_pre_hook(
-                    lambda _m, x, n=number: _current_pass().pause(n, [lambda: x[0]])
+                    lambda _m, x, n=number: current_pass().pause(n, [lambda: x[0]])
                 )
                 stack.callback(hook.remove)
 
@@ -289,7 +310,7 @@ class ForwardPasses:
         self._stream = stream
         self._load = load
         self._keep = keep_paused
-        self._active: dict[int, _ForwardPass] = {}
+        self._active: dict[int, ForwardPass] = {}
         self.num_batches = num_batches
 
     def reach(self, batch: int, stage: int) -> Sequence[InputGetter] | None:
@@ -329,22 +350,16 @@ class ForwardPasses:
         for batch in list(self._active):
             self._abort(batch)
 
-    def _get_pass(self, batch: int) -> _ForwardPass:
+    def _get_pass(self, batch: int) -> ForwardPass:
         if batch not in self._active:
             input_ids, hidden = self._load(batch)
-            self._active[batch] = _ForwardPass(self._stream.model, input_ids, hidden)
+            self._active[batch] = ForwardPass(self._stream.model, input_ids, hidden)
         return self._active[batch]
 
     def _abort(self, batch: int) -> None:
         forward_pass = self._active.pop(batch, None)
         if forward_pass is not None and forward_pass:
             forward_pass.throw(GreenletExit)
-
-
-def _current_pass() -> _ForwardPass:
-    forward_pass = getcurrent()
-    assert isinstance(forward_pass, _ForwardPass)
-    return forward_pass
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

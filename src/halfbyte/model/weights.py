@@ -105,11 +105,13 @@ class ModelWeights:
         self._renamed: dict[str, str] = {}
         self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
         self._outside_keys: list[str] = []
+        self._has_outside = False
         self._parameters: dict[str, list[str]] = {}
         self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
         # Natural order, because some of Transformers' rules depend on earlier keys.
         for key in sorted(self.files.infos, key=dot_natural_key):
-            self._renamed[rules.model_key(key, convert=False)] = key
+            if rules.keeps_packed(key.removesuffix(".weight")):
+                self._renamed[rules.model_key(key, convert=False)] = key
             self._parameters[key] = rules.parameters_of(key)
             block = self._block_of(self._parameters[key][0])
             (self._outside_keys if block is None else self._block_keys[block]).append(key)
@@ -160,17 +162,20 @@ class ModelWeights:
             module: Dotted name in the model.
 
         Returns:
-            The linear's name in the source files, or its name in the model if they hold it fused.
+            The linear's name in the source files, or its name in the model if they hold it fused
+            or if Transformers would not rename its packed tensors as it renames its weight.
         """
         key = self._renamed.get(f"{module}.weight")
         return module if key is None else key.removesuffix(".weight")
 
     def load_outside(self) -> None:
-        """Load (on a CPU: memory-map) everything outside the blocks, and tie tied weights.
+        """Load (on a CPU: memory-map) everything outside the blocks, once, and tie tied weights.
 
         Raises:
             CheckpointError: A tensor is missing; names it.
         """
+        if self._has_outside:
+            return
         if self.device.type == "cpu":
             tensors = {key: map_tensor(self.files.infos[key]) for key in self._outside_keys}
         else:
@@ -185,6 +190,7 @@ class ModelWeights:
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and not name.startswith(inside):
                 raise self._missing(name)
+        self._has_outside = True
 
     def prefetch_block(self, index: int) -> None:
         """Start reading the block that will be loaded next in a background thread."""

@@ -193,7 +193,7 @@ class Attempt:
             self.batches,
             self.probe,
             num_blocks=self.num_blocks,
-            width=int(self.weights.config.get_text_config().hidden_size),
+            token_shape=self.stream.token_shape,
             dtype=self.settings.torch_dtype,
             match_base=self.config.match_base,
             tuned=self._tuned_streams,
@@ -308,6 +308,12 @@ class Attempt:
     def _make_report(
         self, summary: ModuleSummary, quality: QualityReport | None, checkpoint_bytes: int
     ) -> QuantizationReport:
+        numbers = sum(
+            parameter.numel()
+            for block in self.weights.blocks.modules
+            for parameter in block.parameters()
+            if parameter.dim() > 1
+        )
         return QuantizationReport(
             model=self.task.name,
             output=str(self.journal.output),
@@ -327,6 +333,7 @@ class Attempt:
             peak_memory_bytes=peak_memory_bytes(),
             checkpoint_bytes=checkpoint_bytes,
             bits_per_weight=summary.bits_per_weight,
+            unquantized_share=1 - summary.num_weights / numbers,
             versions=installed_versions(),
             machine=machine_facts(),
             # Without duplicates: a second attempt repeats the notes of the first.

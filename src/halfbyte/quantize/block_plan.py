@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,7 @@ def plan_tasks(
                 notes=(reason,) if reason else (),
             )
         )
-    for module in _fused_matrices(root):
-        reason = "its experts cannot be split into linears"
+    for module, reason in _other_matrices(root, exact, tasks).items():
         skipped.append(SkippedModule(name=prefix + module, reason=reason))
     return tasks, skipped
 
@@ -117,14 +116,26 @@ def _check_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _fused_matrices(root: nn.Module) -> list[str]:
-    """Return the names of modules that still hold matrices in 3-D parameters."""
-    found = set(find_fused_experts(root))
+def _other_matrices(
+    root: nn.Module, linears: Mapping[str, LinearTensors], tasks: Sequence[LinearTask]
+) -> dict[str, str]:
+    """Find modules that hold matrices but are no linears, and why they are skipped.
+
+    A 2-D parameter counts as a matrix if it is at least as large as the smallest rounded weight.
+    """
+    found = dict.fromkeys(find_fused_experts(root), "its experts cannot be split into linears")
+    smallest = min((task.weight.numel() for task in tasks), default=0)
     for name, module in root.named_modules():
-        parameters = module.parameters(recurse=False)
-        if not isinstance(module, _ConvNd) and any(p.dim() == 3 for p in parameters):
-            found.add(name)
-    return sorted(found)
+        if name in linears or name in found or isinstance(module, _ConvNd | nn.Embedding):
+            continue
+        parameters = list(module.parameters(recurse=False))
+        if isinstance(module, nn.Linear):
+            found[name] = f"{type(module).__name__} does not compute what a linear does"
+        elif any(p.dim() == 3 for p in parameters):
+            found[name] = "its 3-D weights cannot be split into linears"
+        elif any(p.dim() == 2 and p.numel() >= smallest for p in parameters):
+            found[name] = "its weights are matrices, but not those of a linear"
+    return dict(sorted(found.items()))
 
 
 def _routers(block: nn.Module) -> dict[str, str]:
@@ -134,7 +145,12 @@ def _routers(block: nn.Module) -> dict[str, str]:
         if not isinstance(experts, UnfusedExperts):
             continue
         parent = name.rpartition(".")[0]
-        for sibling, linear in block.get_submodule(parent).named_children():
-            if isinstance(linear, nn.Linear) and linear.out_features == experts.num_experts:
-                routers[f"{parent}.{sibling}".lstrip(".")] = "it routes tokens to experts"
+        for sibling, module in block.get_submodule(parent).named_children():
+            linears = {
+                n: m for n, m in module.named_modules(prefix=sibling) if type(m) is nn.Linear
+            }
+            if [m.out_features for m in linears.values()] == [experts.num_experts]:
+                routers[f"{parent}.{next(iter(linears))}".lstrip(".")] = (
+                    "it routes tokens to experts"
+                )
     return routers

@@ -22,6 +22,7 @@ class Sizes:
     """Sizes of the largest block, which determine memory, and of all blocks together."""
 
     hidden: int
+    """Numbers per token between blocks."""
     block_bytes: int
     """In the stored dtype."""
     block_numbers: int
@@ -41,11 +42,12 @@ class Sizes:
     """Multiply-adds of one sweep over all weights."""
 
 
-def measure_sizes(weights: ModelWeights, *, matrices: int) -> Sizes:
+def measure_sizes(weights: ModelWeights, *, hidden: int, matrices: int) -> Sizes:
     """Measure the block sizes of a model that is not loaded.
 
     Args:
         weights: The model.
+        hidden: Numbers per token between blocks.
         matrices: Matrices of a Hessian's size held in addition to those of the factorization.
 
     Returns:
@@ -76,7 +78,7 @@ def measure_sizes(weights: ModelWeights, *, matrices: int) -> Sizes:
             squares = (HESSIAN_COPIES + matrices) * i * i
             solver = max(solver, 4 * (SOLVER_COPIES * rows * i + squares))
     return Sizes(
-        hidden=int(config.hidden_size),
+        hidden=hidden,
         block_bytes=block_numbers * weights.dtype.itemsize,
         block_numbers=block_numbers,
         widest_input=widest,

@@ -85,8 +85,8 @@ class BlockWalk:
         """
         weights, stream = self.work.weights, self.work.stream
         ids = ids[:, :DISCOVERY_TOKENS]
-        width = int(weights.config.get_text_config().hidden_size)
-        hidden = torch.zeros((*ids.shape, width), dtype=stream.dtype, device=ids.device)
+        shape = (*ids.shape, *stream.token_shape)
+        hidden = torch.zeros(shape, dtype=stream.dtype, device=ids.device)
         for index in indices:
             self.work.load(index)
             with stream.at(index):

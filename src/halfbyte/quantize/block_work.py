@@ -23,7 +23,12 @@ from halfbyte.model.blocks import (
     quantizable_linears,
     set_linear_weight,
 )
-from halfbyte.model.experts import UnfusedExperts, unfuse_experts, why_not_unfused
+from halfbyte.model.experts import (
+    UnfusedExperts,
+    join_experts,
+    unfuse_experts,
+    why_not_unfused,
+)
 from halfbyte.model.stream import BlockStream, ForwardPasses
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
@@ -91,6 +96,7 @@ class BlockWork:
         Returns:
             The block, and weight and bias of its linears by name, in the stored dtype.
         """
+        join_experts(self.weights.blocks.modules[index])
         block = self.weights.load_block(index)
         self.split_experts = split_experts(self.weights, index)
         exact = {n: linear_tensors(m) for n, m in quantizable_linears(block).items()}

@@ -119,6 +119,8 @@ class ModuleSummary:
     skipped: tuple[SkippedModule, ...]
     bits_per_weight: float
     """Storage of codes, scales and zeros per quantized weight."""
+    num_weights: int
+    """Quantized weights in the blocks."""
 
     @property
     def names(self) -> set[str]:
@@ -143,12 +145,13 @@ def summarize_modules(
         for entry in blocks
         for values in entry["modules"]
     ]
-    counts = [tuple(entry["packed_bits"]) for entry in blocks]
-    counts += [count_packed_bits(r.tensors) for r in head]
+    in_blocks = [tuple(entry["packed_bits"]) for entry in blocks]
+    counts = in_blocks + [count_packed_bits(r.tensors) for r in head]
     return ModuleSummary(
         modules=(*modules, *(r.report for r in head)),
         skipped=tuple(SkippedModule(name=n, reason=r) for e in blocks for n, r in e["skipped"]),
         bits_per_weight=sum(b for b, _ in counts) / max(sum(n for _, n in counts), 1),
+        num_weights=sum(n for _, n in in_blocks),
     )
 
 

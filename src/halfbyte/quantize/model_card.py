@@ -242,7 +242,8 @@ def _skipped(report: QuantizationReport) -> str:
     for module in report.skipped:
         groups[kind_of(module.name), module.reason] += 1
     rows = [(f"`{kind}`", str(number), reason) for (kind, reason), number in groups.items()]
-    return _table(("modules", "number", "reason"), rows)
+    share = f"{report.unquantized_share:.1%} of the weights in the blocks' matrices.\n\n"
+    return share + _table(("modules", "number", "reason"), rows)
 
 
 def _notes(report: QuantizationReport) -> str:

@@ -90,16 +90,23 @@ def make_probe(
 class ProbeTrace:
     """Outputs of all blocks of the quantized model for the first probe window, in a file."""
 
-    def __init__(self, path: Path, num_blocks: int, tokens: int, width: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        path: Path,
+        num_blocks: int,
+        tokens: int,
+        token_shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
         """Open or create the file."""
-        self._states = HiddenStates(path, [(1, tokens)] * num_blocks, width, dtype)
+        self._states = HiddenStates(path, [(1, tokens)] * num_blocks, token_shape, dtype)
 
     def write(self, block: int, states: Tensor) -> None:
         """Store a block's output for the first window."""
         self._states.write(block, states[:1])
 
     def read(self, block: int) -> Tensor:
-        """Return a block's output: [1, tokens, hidden]."""
+        """Return a block's output: [1, tokens, *token_shape]."""
         return self._states.read(block)
 
     def close(self) -> None:

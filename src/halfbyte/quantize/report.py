@@ -207,6 +207,8 @@ class QuantizationReport:
     """Minimum floating-point operations of the run, by kind of work."""
     end_to_end: EndToEndReport | None = None
     """None if it was not requested or not possible."""
+    unquantized_share: float = 0.0
+    """Share of the weights in the blocks' matrices that stay in 16 bits."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Inputs and options of the run, compared when it is resumed."""
 

@@ -205,6 +205,7 @@ def resolve_resources(
     calibration: CalibrationConfig,
     config: QuantConfig,
     lengths: Sequence[int],
+    hidden: int,
 ) -> RunPlan:
     """Choose the settings of a run and plan its needs.
 
@@ -214,15 +215,16 @@ def resolve_resources(
         calibration: Requested batch size.
         config: Which optional steps the run has.
         lengths: Length of every calibration sequence.
+        hidden: Numbers per token between blocks.
 
     Returns:
         The plan.
     """
     dtype, dtype_reason = resolve_dtype(resources.dtype, weights.dtype, weights.device)
     budget, budget_reason = _resolve_budget(resources.memory, weights.device)
-    streams = 2 if config.match_base else 1
+    matrices = 3 * (1 + config.match_base) if config.needs_check else 0
     workload = _Workload(
-        sizes=measure_sizes(weights, matrices=(3 * streams if config.needs_check else 0)),
+        sizes=measure_sizes(weights, hidden=hidden, matrices=matrices),
         config=config,
         dtype=dtype,
         on_device=weights.device.type != "cpu",

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from halfbyte.machine.memory import limit_device_memory, release_memory
+from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER, Attempt, RunTask
@@ -199,8 +201,15 @@ class Run:
             )
             return settings
         lengths = [len(sequence) for sequence in tokens.sequences]
+        self.weights.load_outside()
+        stream = BlockStream(self.weights.model, self.weights.blocks, self.weights.dtype)
         plan = resolve_resources(
-            self.weights, self.resources, self.calibration, self.config, lengths
+            self.weights,
+            self.resources,
+            self.calibration,
+            self.config,
+            lengths,
+            math.prod(stream.token_shape),
         )
         self._note_fallbacks(plan.settings)
         self.progress.started((*plan.lines(), *tokens.notes, *self.notes))

@@ -48,7 +48,7 @@ class RunStates:
         probe: Probe,
         *,
         num_blocks: int,
-        width: int,
+        token_shape: tuple[int, ...],
         dtype: torch.dtype,
         match_base: bool,
         tuned: Collection[str] = (),
@@ -61,7 +61,7 @@ class RunStates:
             batches: Calibration ids, [sequences, tokens] each.
             probe: The probe.
             num_blocks: Number of blocks of the model.
-            width: Hidden size.
+            token_shape: Shape of one token's states between blocks.
             dtype: Dtype of the model's computation.
             match_base: Whether the calibration text also goes through the base model.
             tuned: Streams that go through the blocks again after end-to-end training.
@@ -82,7 +82,9 @@ class RunStates:
         kind = DeviceHiddenStates if on_device else HiddenStates
         self._files = {
             name: [
-                self._stack.enter_context(kind(folder / f"{name}-{k}.bin", shape, width, dtype))
+                self._stack.enter_context(
+                    kind(folder / f"{name}-{k}.bin", shape, token_shape, dtype)
+                )
                 for k in range(2)
             ]
             for name, shape in shapes.items()
@@ -90,7 +92,9 @@ class RunStates:
         for one, other in self._files.values():
             if isinstance(one, DeviceHiddenStates) and isinstance(other, DeviceHiddenStates):
                 one.replaced, other.replaced = other, one
-        self.trace = ProbeTrace(folder / "trail.bin", num_blocks, probe.shape[1], width, dtype)
+        self.trace = ProbeTrace(
+            folder / "trail.bin", num_blocks, probe.shape[1], token_shape, dtype
+        )
         self._stack.callback(self.trace.close)
 
     def __enter__(self) -> Self:
