@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_timing import SHAPES
 from halfbyte.kernels.triton_configs import RULES
 from halfbyte.kernels.triton_linear import ROWS_LIMIT
-from measure_gpu_kernels import ROWS, SHAPES
+from measure_gpu_kernels import ROWS
 from record import Provenance, save_result
 
 TABLES = Path(__file__).parents[1] / "src" / "halfbyte" / "kernels" / "gpu_table"

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_timing import SHAPES, find_microseconds
 from halfbyte.kernels import cuda_rows, cuda_stream
 from keep_gpu import TABLES, geometric_mean, join_entries, name_sizes
-from measure_gpu_kernels import SHAPES, find_microseconds
 from record import Provenance, save_result
 
 KERNEL = "own, early start"

@@ -31,11 +31,7 @@ from gpu_candidates import (
     name_candidate,
     name_config,
 )
-from halfbyte.kernels.cuda_compiler import compile_source, read_source
-from halfbyte.kernels.cuda_config import define_macros
-from halfbyte.kernels.fragments import find_order, prepare_fragments
-from halfbyte.kernels.registry import describe_spec
-from measure_gpu_kernels import (
+from gpu_timing import (
     DTYPE,
     SHAPES,
     Session,
@@ -44,6 +40,10 @@ from measure_gpu_kernels import (
     make_peers,
     time_arms,
 )
+from halfbyte.kernels.cuda_compiler import compile_source, read_source
+from halfbyte.kernels.cuda_config import define_macros
+from halfbyte.kernels.fragments import find_order, prepare_fragments
+from halfbyte.kernels.registry import describe_spec
 
 PEERS = ("tinygemm", "marlin", "machete", "humming")
 HANG_SECONDS = 8.0

@@ -21,6 +21,7 @@ BASE, QUANTIZED, WORK = "{base}", "{quantized}", "{work}"
 RUNS: dict[str, tuple[str, ...]] = {
     "measure_activations": (QUANTIZED,),
     "measure_article_memory": (),
+    "measure_busy_machine": (QUANTIZED,),
     "measure_canary": (),
     "measure_compare_speed": (BASE, QUANTIZED),
     "measure_continuous_batching": (QUANTIZED,),

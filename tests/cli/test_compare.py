@@ -110,6 +110,7 @@ def test_defaults_use_all_builtin_tasks_and_texts(compared):
         ("--builtin -3", "builtin_items is -3; it must be 0 or more"),
         ("--slice kind", "--slice kind applies to task files, and none is given"),
         ("-o here/file", "Cannot create the report folder 'here/file'"),
+        ("-o small/report", "output small/report is inside the model's own folder small, which"),
     ],
 )
 def test_invalid_options_are_rejected_before_the_comparison(
@@ -135,6 +136,14 @@ def test_output_folder_gets_every_format(compared, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith("### ❔")
     assert "wrote" in captured.err
+
+
+def test_a_comparison_that_fails_leaves_no_folder(tmp_path, capsys):
+    (tmp_path / "reports").mkdir()
+    assert main(["compare", "no", "b", "-o", str(tmp_path / "reports" / "new" / "one")]) == 3
+    assert not list((tmp_path / "reports").iterdir())
+    assert main(["compare", "no", "b", "-o", str(tmp_path / "reports")]) == 3
+    assert (tmp_path / "reports").is_dir()
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_the_verdict(

@@ -57,9 +57,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, capsy
     assert "Not exact: 1 tensor was rounded" in capsys.readouterr().out
 
 
-def test_a_folder_with_files_is_not_written_into(model, capsys):
-    assert main(["convert", str(model), "--to", "awq", "-o", str(model)]) == 2
+def test_a_folder_with_files_is_not_written_into(model, tmp_path, capsys):
+    (tmp_path / "mine.txt").touch()
+    assert main(["convert", str(model), "--to", "awq", "-o", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["", "out", "x.gguf"])
+def test_a_models_own_folder_stays_unchanged(model, capsys, output):
+    before = sorted(model.iterdir())
+    assert main(["convert", str(model), "--to", "gguf", "-o", str(model / output)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{model / output} is inside the model's own folder {model}" in said
+    assert sorted(model.iterdir()) == before
 
 
 def test_embeddings_that_do_not_fit_the_type_are_refused(model, tmp_path, capsys):

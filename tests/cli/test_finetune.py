@@ -104,3 +104,11 @@ def test_wrong_setting_is_a_usage_error(folder, capsys):
     )  # fmt: skip
     assert code == 2
     assert "rank is 0; it must be a whole number, 1 or more" in err
+
+
+def test_adapter_is_not_written_into_the_models_folder(folder, capsys):
+    base, data = folder / "base", folder / "train.jsonl"
+    code, _, err = run(capsys, "finetune", base, "--data", data, "-o", base / "adapter", *TRAIN)
+    assert code == 2
+    assert f"{base / 'adapter'} is inside the model's own folder {base}" in " ".join(err.split())
+    assert not (base / "adapter").exists()

@@ -189,6 +189,8 @@ def test_output_in_use_is_refused(base, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="exists and is not empty"):
         merge(base, tmp_path, tmp_path)
+    with pytest.raises(ConfigError, match=r"/out is inside the model's own folder"):
+        merge(base, tmp_path, base / "out")
 
 
 def test_folder_that_is_no_adapter_is_refused(base, tmp_path):

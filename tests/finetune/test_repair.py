@@ -149,7 +149,11 @@ def test_unrelated_models_are_refused(folders, tmp_path):
         ModelError, match=r"mlp\.gate_proj is 64 -> 96 in the first, and in the second Linear"
     ):
         repair(base, tmp_path / "other", tmp_path / "a", text=TEXT, calibration=CALIBRATION)
+    (tmp_path / "in-use").touch()
     with pytest.raises(ConfigError, match="exists and is not empty"):
-        repair(base, original, base)
+        repair(base, original, tmp_path)
+    for model in folders:
+        with pytest.raises(ConfigError, match=r"/a is inside the model's own folder"):
+            repair(base, original, model / "a")
     with pytest.raises(ConfigError, match=r"rank is 0; it must be a whole number, 1 or more"):
         repair(base, original, tmp_path / "a", rank=0)

@@ -104,8 +104,11 @@ def test_output_is_checked_first_and_a_failed_merge_leaves_nothing(
         raise ModelError("no merge")
 
     monkeypatch.setattr(requantize, "merge", fail)
+    (tmp_path / "in-use").touch()
     with pytest.raises(ConfigError, match="is not empty"):
-        work(base, "adapter", base, data)
+        work(base, "adapter", tmp_path, data)
+    with pytest.raises(ConfigError, match=r"/out is inside the model's own folder"):
+        work(base, "adapter", base / "out", data)
     with pytest.raises(ModelError, match="no merge"):
         work(base, "adapter", tmp_path / "out", data)
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import modeling_utils
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
 from transformers.utils import quantization_config as stock
@@ -58,7 +59,11 @@ def test_installs_and_uninstalls_both_entries():
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is GptqQuantizer
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is GPTQConfig
     assert autoload.is_installed()
+    assert modeling_utils.get_hf_quantizer is auto.get_hf_quantizer
     halfbyte.uninstall_transformers()
+    assert modeling_utils.get_hf_quantizer is auto.get_hf_quantizer
+    assert auto.get_hf_quantizer.__module__ == "transformers.quantizers.auto"
+    assert not hasattr(auto.get_hf_quantizer, "__wrapped__")
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is GptqHfQuantizer
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is stock.GPTQConfig
     assert not autoload.is_installed()

@@ -10,6 +10,7 @@ from tests.helpers.checkpoints import (
     write_checkpoint,
 )
 from tests.helpers.hub import put_into_cache
+from transformers import AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.errors import CheckpointError, ConfigError, ModelError
@@ -33,6 +34,32 @@ def test_takes_the_config_from_wherever_it_stands(tmp_path, place, file_name):
     model = load(tmp_path, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("file_name", ["model.safetensors", "gptq_model-4bit-32g.safetensors"])
+def test_plain_transformers_finds_the_config_of_a_folder_too(tmp_path, file_name):
+    """It would initialize the linears randomly."""
+    recipe = Recipe(config_in="quantize_config.json", file_name=file_name)
+    reference = write_checkpoint(tmp_path, tiny_llama_config(), recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert model.config.quantization_config.to_dict()["bits"] == 4
+
+
+def test_dense_folder_with_a_leftover_config_loads_as_before(tmp_path):
+    reference = build_model(tiny_llama_config(num_hidden_layers=1))
+    reference.save_pretrained(tmp_path)
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+def test_old_folder_of_another_method_is_refused_by_plain_transformers_too(tmp_path):
+    write_checkpoint(tmp_path, tiny_llama_config(), Recipe(config_in="quant_config.json"))
+    (tmp_path / "quant_config.json").write_text('{"quant_method": "awq", "bits": 4}')
+    with pytest.raises(CheckpointError, match=r"method in quant_config\.json is 'awq'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_uses_halfbytes_loader_even_where_it_is_switched_off(tmp_path):

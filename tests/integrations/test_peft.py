@@ -271,3 +271,22 @@ def test_merging_is_refused_where_the_mark_was_removed(folder, variant, safe_mer
 def test_initialisation_that_changes_the_weight_is_refused(folder, start):
     with pytest.raises(ModelError, match="Cannot write to the weight of a quantized linear"):
         add_adapter(load(folder), init_lora_weights=start, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("q_proj", r"names a linear, 64 -> 64, which is quantized"),
+        ("mlp", r"names gate_proj of a LlamaMLP, 64 -> 96, which is quantized"),
+    ],
+)
+def test_training_a_quantized_linear_in_full_is_refused(folder, named, told):
+    with pytest.raises(ModelError, match=rf"{told}.* with target_modules, or quantize"):
+        add_adapter(load(folder), modules_to_save=[named], target_modules=["v_proj"])
+
+
+def test_training_a_dense_module_in_full_is_allowed(folder):
+    model = add_adapter(load(folder), modules_to_save=["lm_head", "norm"])
+    assert "base_model.model.model.norm.modules_to_save.default.weight" in {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }

@@ -20,6 +20,7 @@ from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, Reso
 from halfbyte.quantize import finish, run_states
 from halfbyte.quantize import run as running
 from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.report import REPORT_FILE
 from halfbyte.quantize.resources import RunPlan
 
 CALIBRATION = CalibrationConfig(samples=8, length=40, batch_size=2)
@@ -290,6 +291,10 @@ def test_finished_run_returns_its_report_and_is_not_overwritten(tmp_path: Path) 
     assert quantize(tmp_path / "base", tmp_path / "out", resume=True).modules == report.modules
     with pytest.raises(ConfigError, match="is not empty"):
         quantize(tmp_path / "base", tmp_path / "out")
+    old = json.loads((tmp_path / "out" / REPORT_FILE).read_text()) | {"inputs": {}}
+    (tmp_path / "out" / REPORT_FILE).write_text(json.dumps(old))
+    with pytest.raises(JournalError, match=r"is complete\. .* not say .* Use the folder as it is"):
+        quantize(tmp_path / "base", tmp_path / "out", resume=True)
     assert weight_digests(tmp_path / "out") == digests
 
 

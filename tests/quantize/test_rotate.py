@@ -178,6 +178,8 @@ def test_folder_in_use_is_refused_and_unchanged(tmp_path):
     (tmp_path / "out/mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         rotate(tmp_path / "base", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"base/out is inside the model's own folder .*base"):
+        rotate(tmp_path / "base", tmp_path / "base/out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 

@@ -243,6 +243,25 @@ def test_pipelined_requests_are_answered_in_order():
         assert reply.count(b'"object":"chat.completion"') == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_http_1_0_gets_no_chunks(stream):
+    with serve(make_gateway()[0]) as server:
+        body = json.dumps(dict(CHAT, stream=stream)).encode()
+        head = HEAD.replace("HTTP/1.1", "HTTP/1.0") + f"Content-Length: {len(body)}\r\n\r\n"
+        reply = raw(server, head.encode() + body)  # read until the server closes
+    head, _, text = reply.decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200 OK")
+    assert "connection: close" in head
+    assert "chunked" not in head
+    assert ("content-length" in head) == (not stream)
+    if stream:
+        events = [line.removeprefix("data: ") for line in text.split("\n\n")]
+        assert events[-2:] == ["[DONE]", ""]
+        assert len([json.loads(event) for event in events[:-2]]) > 1
+    else:
+        assert json.loads(text)["object"] == "chat.completion"
+
+
 CHAT_START = json.dumps(CHAT).encode()[:-1]
 
 

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from itertools import pairwise
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 from hypothesis import given
@@ -109,6 +110,31 @@ def test_prompt_is_encoded_as_by_transformers(text, add_special):
         == slow(text)["input_ids"]
         == trained(text[::-1])["input_ids"]
     )
+
+
+def test_far_too_long_prompt_is_refused_by_its_first_part(monkeypatch):
+    prompts, tokenized = Prompts(make_tokenizer()), []
+    encoder = Mock(wraps=prompts._encoder)
+    encoder.encode.side_effect = lambda text, **_: tokenized.append(len(text)) or DEFAULT
+    monkeypatch.setattr(prompts, "_encoder", encoder)
+    told = r"length is 100 tokens. The prompt has 2000 characters; the first 800 alone have \d+ tok"
+    with pytest.raises(ServeError, match=told) as caught:
+        prompts.encode_text("some word " * 200, context=100)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    assert tokenized == [800]
+    with pytest.raises(ServeError, match=r"The prompt has 40\d\d characters") as caught:
+        prompts.encode_chat([{"role": "user", "content": "ab" * 2000}], context=100)
+    assert caught.value.param == "messages"
+
+
+@given(st.text("ab \n", min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 100))
+def test_refused_prompt_would_not_have_fit(piece, context, times):
+    prompts, text = Prompts(make_tokenizer()), piece * times
+    ids = prompts.encode_text(text)
+    try:
+        assert prompts.encode_text(text, context=context) == ids
+    except ServeError:
+        assert len(ids) > context
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Check that an output folder is new or empty."""
+"""Check that an output folder is new or empty, and outside of the models that are read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,35 @@ from pathlib import Path
 from halfbyte.errors import ConfigError
 
 
-def check_new_folder(output: Path) -> None:
-    """Check that an output folder does not exist or is empty.
+def check_outside(output: Path, *models: Path) -> None:
+    """Check that an output is not written into a model's folder: it would become part of it.
+
+    Args:
+        output: The folder or file to write.
+        *models: Folders of the models that are read.
+
+    Raises:
+        ConfigError: It is one of these folders or inside one.
+    """
+    for model in models:
+        if output.resolve().is_relative_to(model.resolve()):
+            raise ConfigError(
+                f"The output {output} is inside the model's own folder {model}, which must stay "
+                "unchanged. Choose a folder outside of it."
+            )
+
+
+def check_new_folder(output: Path, *models: Path) -> None:
+    """Check that an output folder does not exist or is empty, and is outside of what is read.
 
     Args:
         output: The folder.
+        *models: Folders of the models that are read.
 
     Raises:
-        ConfigError: It is a file, or not empty.
+        ConfigError: It is a file, not empty, or inside a model's folder.
     """
+    check_outside(output, *models)
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(
             f"The output {output} exists and is not empty. Choose a new folder, or remove this one."

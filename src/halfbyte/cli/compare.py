@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,14 +193,15 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and return the verdict's exit code."""
     from halfbyte.judge.compare import compare
-    from halfbyte.judge.report import create_folder, render, write_report
+    from halfbyte.judge.report import render, report_folder, write_report
 
     items, functions = _items(args)
     documents, config = _documents(args), _config(args)
+    folder: AbstractContextManager[None] = nullcontext()
     if args.output is not None:
-        # Fail now, not after hours of answers.
-        create_folder(args.output)
-    with show_progress() as progress:
+        # Created now, so that an unusable one fails before hours of answers.
+        folder = report_folder(args.output, args.base, args.candidate)
+    with folder, show_progress() as progress:
         result = compare(
             args.base,
             args.candidate,

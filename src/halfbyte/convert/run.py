@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.new_folder import check_outside
 from halfbyte.convert.awq import AwqTarget
 from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
@@ -97,10 +98,12 @@ def convert(
 
     Raises:
         ConfigError: The target cannot represent the model exactly, and no error is allowed; or the
-            output is not empty.
+            output is not empty or inside the model's folder.
         CheckpointError: The source is damaged, its format is not supported, or the disk is full.
     """
     started = time.monotonic()
+    folders = [Path(path) for path in (model, base) if path is not None and Path(path).is_dir()]
+    check_outside(Path(output), *folders)
     source = open_source(Path(model), None if base is None else Path(base))
     specs = describe_linears(source)
     source, specs, folded = _fold(source, specs, config)

@@ -82,7 +82,7 @@ def merge_exactly(
     """
     require_peft("Merging an adapter")
     target, folder = Path(output), find_model(base)
-    check_new_folder(target)
+    check_new_folder(target, folder)
     check_adapter(adapter)
     checkpoint = open_checkpoint(folder)
     subject = open_subject(folder, dtype=torch.float32, device=device)

@@ -78,9 +78,9 @@ def merge(
     """
     require_peft("Merging an adapter")
     target = Path(output)
-    check_new_folder(target)
-    check_adapter(adapter)
     folder = find_model(original if original is not None else base)
+    check_new_folder(target, folder)
+    check_adapter(adapter)
     dtype = stored_dtype(folder)
     subject = open_subject(folder, dtype=dtype, device=device)
     for _, linear in quantized_linears(subject.model):

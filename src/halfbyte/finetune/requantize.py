@@ -21,6 +21,7 @@ from typing import Any
 
 from halfbyte.checkpoint.identity import name_folder
 from halfbyte.checkpoint.labels import read_labels
+from halfbyte.checkpoint.new_folder import check_outside
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.loading import load_tokenizer, open_subject
@@ -88,6 +89,7 @@ def merge_and_quantize(
         JournalError: It holds an unfinished run with other inputs, or ``resume`` was not given.
     """
     target = Path(output)
+    check_outside(target, find_model(base if original is None else original))
     check_output(target, resume=resume)
     config = config or merging_config(find_model(base))
     calibration = calibration or CalibrationConfig(length=512)

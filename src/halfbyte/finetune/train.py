@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.identity import digest_files
+from halfbyte.checkpoint.new_folder import check_outside
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError, DataError, ModelError
 from halfbyte.evaluate.loading import Subject
@@ -118,9 +119,10 @@ def finetune(
     require_peft("Fine-tuning")
     adapter, config = adapter or AdapterConfig(), config or TrainConfig()
     progress, output = progress or SilentTrainProgress(), Path(output)
+    folder = find_model(model)
+    check_outside(output, folder)
     complete = check_output(output, resume=resume, report_file=REPORT_FILE)
     start = time.monotonic()
-    folder = find_model(model)
     if start_from is not None:
         check_adapter(start_from)
     # The data first, so that an error in it shows before a large model is loaded.

@@ -19,10 +19,12 @@ Source:
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import shutil
+import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,7 +33,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
 
-from halfbyte.checkpoint.layout import CONFIG_ALIASES, METHOD, OWN_METHOD
+from halfbyte.checkpoint.layout import CONFIG_ALIASES, CONFIG_FILES, METHOD, OWN_METHOD
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -168,10 +170,12 @@ class GptqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        """Check the loaded values and select the kernels."""
+        """Check the loaded values, select the kernels, and prepare for adapters."""
+        from halfbyte.integrations.peft import refuse_modules_to_save
         from halfbyte.nn.model_loading import prepare_linears
 
         prepare_linears(model)
+        refuse_modules_to_save()
         return model
 
     def update_weight_conversions(
@@ -219,6 +223,7 @@ def fill_table(table: ModuleType) -> None:
     table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig
     # Its config then selects the quantizer "gptq" as usual.
     table.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN_METHOD] = GPTQConfig
+    _replace_chooser(table, _adopt_labels(table.get_hf_quantizer))
 
 
 def restore_table(table: ModuleType) -> None:
@@ -231,8 +236,43 @@ def restore_table(table: ModuleType) -> None:
         table.AUTO_QUANTIZER_MAPPING[METHOD] = GptqQuantizer.replaced
         table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig.replaced
         del table.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN_METHOD]
+        _replace_chooser(table, table.get_hf_quantizer.__wrapped__)
 
 
 def is_in_table(table: ModuleType) -> bool:
     """Whether the table's GPTQ entries are halfbyte's."""
     return table.AUTO_QUANTIZER_MAPPING.get(METHOD) is GptqQuantizer
+
+
+def _replace_chooser(table: ModuleType, chooser: Callable[..., Any]) -> None:
+    """Replace the function that chooses a quantizer, also where it is imported already."""
+    for module in (table, sys.modules.get("transformers.modeling_utils")):
+        if module is not None:
+            module.get_hf_quantizer = chooser  # type: ignore[attr-defined]
+
+
+def _adopt_labels(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Transformers find the quantization config of local folders that have it in another file.
+
+    It reads only ``config.json``, and would initialize such a model's linears randomly. It has no
+    hook for models without a quantization config.
+    """
+
+    @functools.wraps(choose)
+    def choose_with_labels(
+        config: PretrainedConfig, quantization_config: Any, *args: Any, **settings: Any
+    ) -> Any:
+        from halfbyte.checkpoint.labels import read_labels
+        from halfbyte.nn.model_loading import has_packed_linears
+
+        folder = Path(getattr(config, "name_or_path", None) or "")
+        if (
+            quantization_config is None
+            and getattr(config, "quantization_config", None) is None
+            and any((folder / name).is_file() for name in CONFIG_FILES if folder.name)
+            and has_packed_linears(folder)
+        ):
+            config.quantization_config = {"quant_method": METHOD, **read_labels(folder).raw}
+        return choose(config, quantization_config, *args, **settings)
+
+    return choose_with_labels

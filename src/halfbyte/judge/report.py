@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfbyte.checkpoint.atomic import write_atomically
+from halfbyte.checkpoint.new_folder import check_outside
 from halfbyte.errors import ConfigError
 from halfbyte.jsonable import to_jsonable
 from halfbyte.judge.comparison import Comparison
+from halfbyte.judge.remote_model import is_address
 from halfbyte.judge.report_html import write_html
 from halfbyte.judge.report_text import write_junit, write_markdown
 
@@ -33,6 +36,29 @@ FORMATS: Mapping[str, tuple[str, Callable[[Comparison], str]]] = {
     "junit": ("junit.xml", write_junit),
 }
 """Format -> file name and writer."""
+
+
+@contextmanager
+def report_folder(folder: Path, *models: str | Path) -> Iterator[None]:
+    """Create the folder of a report, and remove it again if there will be no report.
+
+    Args:
+        folder: The folder.
+        *models: The models that the report is about; addresses of servers are left out.
+
+    Yields:
+        While the folder exists.
+    """
+    check_outside(folder, *(Path(model) for model in models if not is_address(str(model))))
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        create_folder(folder)
+        yield
+    except BaseException:
+        for path in created:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+        raise
 
 
 def create_folder(folder: Path) -> None:

@@ -67,6 +67,15 @@ def find_unusual_file(folder: Path) -> str | None:
     return files[0].name if len(files) == 1 else None
 
 
+def has_packed_linears(folder: Path) -> bool:
+    """Return whether a folder's safetensors files can be read and have a packed linear."""
+    try:
+        names = TensorFiles.open(folder).infos
+    except CheckpointError:
+        return False
+    return any(name.endswith(".qweight") for name in names)
+
+
 def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinears:
     """Find which linears of a model are packed in the files, and in which layout.
 

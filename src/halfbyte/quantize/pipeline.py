@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.checkpoint.companions import find_companions
+from halfbyte.checkpoint.new_folder import check_outside
 from halfbyte.config_fields import check_config
 from halfbyte.errors import CheckpointError
 from halfbyte.machine.devices import resolve_device
@@ -23,7 +24,6 @@ from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
     HubOptions,
     check_output,
-    check_output_outside_model,
     find_model,
 )
 
@@ -70,7 +70,7 @@ def quantize(
     check_config(calibration, CalibrationConfig)
     check_config(resources, ResourceConfig)
     source, target = find_model(model, hub or HubOptions()), Path(output)
-    check_output_outside_model(source, target)
+    check_outside(target, source)
     complete = check_output(target, resume=resume)
     find_companions(source)  # fails early if a file that is copied at the end is unusable
     device = resolve_device((resources or ResourceConfig()).device)

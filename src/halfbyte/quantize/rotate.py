@@ -101,7 +101,7 @@ def rotate(
         CheckpointError: The model's files are damaged, or the disk is full.
     """
     source, target = find_model(model), Path(output)
-    check_new_folder(target)
+    check_new_folder(target, source)
     with torch.no_grad():
         return _Rotator(str(model), source, target, seed, resolve_device(device)).run(on_block)
 

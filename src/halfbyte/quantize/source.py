@@ -114,23 +114,6 @@ def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
         ) from error
 
 
-def check_output_outside_model(source: Path, output: Path) -> None:
-    """Check that the output folder is not the model's folder or inside it.
-
-    Args:
-        source: The model's folder.
-        output: The checkpoint's folder.
-
-    Raises:
-        ConfigError: It is.
-    """
-    if output.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(
-            f"The output {output} is inside the model's own folder {source}, which must stay "
-            "unchanged. Choose a folder outside of it."
-        )
-
-
 def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) -> bool:
     """Check that a run may write into a folder.
 
@@ -177,8 +160,15 @@ def check_same_inputs(output: Path, then: Mapping[str, Any], now: Mapping[str, A
         now: The inputs given now. Software versions may differ, because nothing is computed.
 
     Raises:
-        JournalError: An input differs; names each difference with both values.
+        JournalError: An input differs; names each difference with both values. Or the inputs are
+            not known.
     """
+    if not then:
+        raise JournalError(
+            f"The run in {output} is complete. Its report, by an earlier version of halfbyte, does "
+            "not say which inputs and options it had. Use the folder as it is, or choose another "
+            "output folder to run again."
+        )
     kept, given = ({k: v for k, v in side.items() if k != VERSIONS} for side in (then, now))
     differences = describe_differences(kept, given)
     if differences:

@@ -1,4 +1,7 @@
-"""Uvicorn's httptools protocol with additional timeouts and a limit on the size of headers."""
+"""Uvicorn's httptools protocol with additional timeouts and a limit on the size of headers.
+
+Clients of HTTP/1.0 also get streams without chunks, which they do not know.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 from halfbyte.errors import require_extra
 
 with require_extra("httptools", "serve", "halfbyte serve"):
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_BYTES = 65_536
 """Max size of the request line and headers, not counting the packet that they begin in."""
@@ -63,6 +66,8 @@ class Connection(HttpToolsProtocol):
         """Note the end of the headers."""
         self._end_head()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            _send_without_chunks(self.cycle)
 
     def on_response_complete(self) -> None:
         """Start a timeout for the rest of a body that is no longer needed."""
@@ -115,3 +120,16 @@ class Connection(HttpToolsProtocol):
         if self._receive_timer is not None:
             self._receive_timer.cancel()
             self._receive_timer = None
+
+
+def _send_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Let an answer without a length end where uvicorn closes the connection."""
+    send = cycle.send
+
+    async def send_plain(message: Any) -> None:
+        # Uvicorn counts down to the length that the headers gave.
+        cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.chunked_encoding = False
+    cycle.send = send_plain  # type: ignore[method-assign]

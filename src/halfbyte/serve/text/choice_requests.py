@@ -223,11 +223,13 @@ def _read_prompts(
         keywords = dict(body.get("chat_template_kwargs") or {})
         if "reasoning_effort" in body:
             keywords["reasoning_effort"] = body["reasoning_effort"]
-        return [(prompts.encode_chat(body["messages"], tools=tools, keywords=keywords), "")]
+        messages, context = body["messages"], info.context
+        ids = prompts.encode_chat(messages, tools=tools, keywords=keywords, context=context)
+        return [(ids, "")]
     found = []
     for index, prompt in enumerate(split_prompts(body.get("prompt"))):
         if isinstance(prompt, str):
-            ids, text = prompts.encode_text(prompt), prompt
+            ids, text = prompts.encode_text(prompt, context=info.context), prompt
         else:
             ids = list(prompt)
             invalid = next((token for token in ids if not 0 <= token < info.vocabulary), None)

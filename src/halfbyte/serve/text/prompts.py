@@ -16,6 +16,13 @@ LONG_PROMPT_CHARACTERS = 20_000
 """Longer prompts are tokenized in a thread and without the GIL, so that they block neither the
 event loop nor the engine. For short ones that would take longer than tokenizing them."""
 
+SAMPLE_CHARACTERS = 8
+"""Characters per token of context that are tokenized first, if a prompt is more than twice as
+long. Ordinary text has three to five per token, so this much of it does not fit."""
+SAMPLE_MARGIN = 1.5
+"""A prompt is refused if its first part alone has this many times the context's tokens. What
+follows a text can change its last tokens, but not merge a third of them."""
+
 _TEMPLATE_ERRORS = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError,
 )  # fmt: skip
@@ -76,6 +83,7 @@ class Prompts:
         *,
         tools: Sequence[Mapping[str, Any]] = (),
         keywords: Mapping[str, Any] | None = None,
+        context: int | None = None,
     ) -> list[int]:
         """Tokenize a conversation.
 
@@ -83,12 +91,14 @@ class Prompts:
             messages: Validated messages in OpenAI's format.
             tools: Tools in OpenAI's format.
             keywords: Additional variables for the template, such as ``enable_thinking``.
+            context: As in :meth:`encode_text`.
 
         Returns:
             Token ids, up to and including the generation prompt.
 
         Raises:
-            ServeError: The model has no chat template, or the template rejects the messages.
+            ServeError: The model has no chat template, the template rejects the messages, or they
+                do not fit into the context.
         """
         template = self.template(with_tools=bool(tools))
         if reserved := sorted(set(keywords or ()) & self._reserved_names):
@@ -108,7 +118,7 @@ class Prompts:
                 tokenize=False,
                 **(keywords or {}),
             )
-            return self.encode_text(text, add_special=False)
+            return self.encode_text(text, add_special=False, context=context, param="messages")
         except ServeError:
             raise
         except _TEMPLATE_ERRORS as error:
@@ -120,16 +130,40 @@ class Prompts:
                 param="messages",
             ) from error
 
-    def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
+    def encode_text(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        context: int | None = None,
+        param: str = "prompt",
+    ) -> list[int]:
         """Tokenize a text.
 
         Args:
             text: The text.
             add_special: Add the tokenizer's special tokens, such as BOS.
+            context: The model's context length. A text far longer is refused after tokenizing its
+                first part, as tokenizing megabytes takes seconds; the caller checks the others.
+            param: The request's field with the text.
 
         Returns:
             Token ids.
+
+        Raises:
+            ServeError: The first part of the text does not fit into the context.
         """
+        if context is not None and len(text) > 2 * SAMPLE_CHARACTERS * context:
+            sample = text[: SAMPLE_CHARACTERS * context]
+            found = len(self.encode_text(sample, add_special=False))
+            if found > SAMPLE_MARGIN * context:
+                raise ServeError(
+                    f"This model's maximum context length is {context} tokens. The prompt has "
+                    f"{len(text)} characters; the first {len(sample)} alone have {found} tokens. "
+                    "Shorten the prompt.",
+                    code="context_length_exceeded",
+                    param=param,
+                )
         if self._encoder is not None and len(text) <= LONG_PROMPT_CHARACTERS:
             return list(self._encoder.encode(text, add_special_tokens=add_special).ids)
         if self._encoder is not None:
