@@ -133,6 +133,16 @@ def test_live_display_shows_training_until_the_next_phase(clock, make_module):
     progress.finished()
 
 
+def test_live_display_begins_with_the_first_phase(clock):
+    out = io.StringIO()
+    progress = LiveProgress(Console(file=out, width=120, force_terminal=True, highlight=False))
+    progress.phase("generating calibration text with the model: 16 of 128")
+    assert "generating calibration text with the model: 16 of 128" in out.getvalue()
+    progress.started(("memory 1.2 GB",))
+    progress.finished()
+    assert "memory 1.2 GB" in out.getvalue()
+
+
 def test_live_display_keeps_fallbacks(clock, make_module):
     out = io.StringIO()
     progress = LiveProgress(Console(file=out, width=120, force_terminal=True, highlight=False))

@@ -200,11 +200,12 @@ class LiveProgress:
         """Print the plan and start the display below it."""
         for line in plan:
             self._console.print(line, style="dim")
-        self._live.start()
+        self._live.start(refresh=True)
 
     def phase(self, name: str) -> None:
-        """Show the phase, in place of training steps."""
+        """Show the phase, in place of training steps; also before the plan is known."""
         self._position.phase, self._position.tuning = name, None
+        self._live.start(refresh=True)
 
     def block_started(self, index: int, count: int) -> None:
         """Move the bar."""

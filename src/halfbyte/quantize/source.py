@@ -19,7 +19,12 @@ from halfbyte.quantize.report import REPORT_FILE
 COMPLETE = "complete already; nothing was done"
 VERSIONS = "versions"
 """Key, among a run's inputs, of the software versions that it was started with."""
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
+HUB_PATTERNS = (
+    *("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
+    *("README.md", "LICENSE*"),
+)
+OTHER_WEIGHTS = "*/*.safetensors"
+"""The same model in another format, such as ``original/``; a ``*`` of the Hub matches slashes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +92,7 @@ def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*HUB_PATTERNS, "*.py"] if with_code else HUB_PATTERNS
+    patterns = (*HUB_PATTERNS, "*.py") if with_code else HUB_PATTERNS
     try:
         return Path(
             snapshot_download(
@@ -98,6 +103,7 @@ def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
                 local_files_only=hub.local_files_only,
                 force_download=hub.force_download,
                 allow_patterns=[str(Path(hub.subfolder, pattern)) for pattern in patterns],
+                ignore_patterns=str(Path(hub.subfolder, OTHER_WEIGHTS)),
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
