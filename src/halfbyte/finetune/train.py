@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.identity import digest_files
+from halfbyte.checkpoint.new_folder import share_weights
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError, DataError, ModelError
 from halfbyte.evaluate.loading import Subject
@@ -273,6 +274,7 @@ class _Run:
         if self.adapter.variant == QALORA:
             equalize_columns(model)
         model.save_pretrained(self.output)
+        share_weights(self.output)
         kept = state.best_global_step if self.data.validation is not None else state.global_step
         report = TrainReport(
             model=self.name,
