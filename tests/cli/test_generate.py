@@ -181,6 +181,12 @@ def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert "it has no config.json. Give a model folder" in capsys.readouterr().err
 
 
+def test_a_model_in_pickles_is_refused(folder, capsys):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert main(["generate", str(folder), "--prompt", "w1"]) == 1
+    assert "its weights are stored only as pickles (pytorch_model.bin)" in capsys.readouterr().err
+
+
 def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
     write_checkpoint(tmp_path, tiny_llama_config(num_hidden_layers=1))
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2

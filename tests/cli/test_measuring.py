@@ -62,6 +62,9 @@ def test_unreadable_texts_are_rejected_by_name(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"abc\xe9")
     with pytest.raises(ConfigError, match=r"'.*latin\.txt': byte 3 is not UTF-8"):
         read_text(tmp_path / "latin.txt")
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match=r"t\.jsonl': it holds JSON lines.*jq -r \.text t\.jsonl"):
+        read_text(tmp_path / "t.jsonl")
 
 
 def test_progress_is_a_line_per_stage_in_a_pipe(capsys):

@@ -105,6 +105,8 @@ def test_written_model_is_plain_and_computes_base_plus_adapter(base, tmp_path, v
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
+    # Readable by whoever may read the folder, not by the owner only.
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert not (tmp_path / "out" / "quantize_config.json").exists()
     merged = load(tmp_path / "out", torch.float32)

@@ -110,6 +110,7 @@ def test_repaired_model_is_nearer_to_the_original(folders, tmp_path, monkeypatch
     report = repair(base, original, tmp_path / "a", rank=8, text=TEXT, calibration=CALIBRATION)
     assert len(report.kept_error) == 14
     assert all(0 < share < 1 for share in report.kept_error.values())
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (8, 8)
     ids = torch.tensor(token_lists(4, 32, seed=7))

@@ -139,6 +139,7 @@ def test_keeps_the_best_adapter_and_peft_loads_it(trained, base, data):
         "training.json",
         "training.png",
     ]
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # none for the owner only
     subject = open_subject(base, dtype="float32", device="cpu")
     held = train._read_data(subject.tokenizer, data, None, CONFIG)
     model = peft.PeftModel.from_pretrained(subject.model, out).eval()

@@ -237,5 +237,7 @@ def test_config_without_a_dimension_names_the_missing_fields(tmp_path):
 
 def test_damaged_config_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(
+        ConfigError, match=r"is not JSON: .* Give a model's config\.json, or the folder with it"
+    ):
         read_shapes(tmp_path)

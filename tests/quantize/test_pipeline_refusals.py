@@ -85,6 +85,15 @@ def test_missing_model_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "found"), [("model.safetensors", r"it is a file\."), ("m.gguf", "it is a GGUF file")]
+)
+def test_file_given_as_a_model_is_said_to_be_one(name: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ModelError, match=rf"Cannot use .*{name} as a model: {found}"):
+        halfbyte.quantize(tmp_path / name, tmp_path / "o")
+
+
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
 def test_missing_device_is_refused(device: str, tmp_path: Path) -> None:
     write_family(tmp_path / "base", "llama", **SMALL)

@@ -50,6 +50,13 @@ def count_rows(path):
         return 0
 
 
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_requests_are_redacted_and_readable_by_the_owner_only(tmp_path):
     path = tmp_path / "log.sqlite"
     log = RequestLog(path)
@@ -73,6 +80,25 @@ def test_without_texts_only_numbers_are_stored(tmp_path):
     log.close()
     (row,) = rows(tmp_path / "log.sqlite")
     assert (row["request"], row["answer"], row["completion_tokens"]) == (None, None, 9)
+
+
+@pytest.mark.parametrize("moved", [("log.sqlite",), ("log.sqlite", "log.sqlite-wal")])
+def test_a_file_moved_away_keeps_its_rows_and_a_new_one_is_begun(tmp_path, moved):
+    path, old = tmp_path / "log.sqlite", tmp_path / "old"
+    old.mkdir()
+    log = RequestLog(path)
+    ask(log, count=3)
+    wait_for(lambda: count_rows(path) == 3)
+    for name in moved:
+        (tmp_path / name).rename(old / name)
+    ask(log, count=2)
+    wait_for(lambda: count_rows(path) == 2)
+    assert count_rows(old / "log.sqlite") == 3
+    path.unlink()
+    ask(log)
+    log.close()
+    assert len(rows(path)) == 1
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ MODEL_CONFIG = "config.json"
 CONFIG_SECTION = "quantization_config"
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's file."""
+GGUF_SUFFIX = ".gguf"
 
 AWQ_VERSIONS = ("gemm", "gemv", "gemv_fast", "marlin", "llm-awq")
 
@@ -141,15 +142,24 @@ def describe_missing_config(folder: Path) -> str:
         CheckpointError: The config of an adapter cannot be read or is not a JSON object.
     """
     if not folder.is_dir():
-        return "it is a file" if folder.exists() else "no such folder"
+        if not folder.exists():
+            return "no such folder"
+        return _describe_gguf("it is", folder) if folder.suffix == GGUF_SUFFIX else "it is a file"
     adapter = _read_json(folder / ADAPTER_CONFIG)
     if adapter is None:
-        return f"it has no {MODEL_CONFIG}"
+        missing = f"it has no {MODEL_CONFIG}"
+        for gguf in sorted(folder.glob(f"*{GGUF_SUFFIX}")):
+            return _describe_gguf(f"{missing}, only", gguf)
+        return missing
     base = adapter.get("base_model_name_or_path") or "a model"
     return (
         f"it is an adapter on {base} ({ADAPTER_CONFIG} and no {MODEL_CONFIG}). To make one model "
         f"of both: halfbyte merge BASE {folder} -o OUT"
     )
+
+
+def _describe_gguf(found: str, path: Path) -> str:
+    return f"{found} a GGUF file. To make a folder of it: halfbyte convert {path} --to hf -o OUT"
 
 
 def read_quantization_config(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Check that an output folder is new or empty, and outside of the models that are read."""
+"""Output folders: check that one is new and outside of the models read; share its files."""
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from halfbyte.errors import ConfigError
@@ -42,3 +43,17 @@ def check_new_folder(output: Path, *models: Path) -> None:
         )
     if output.exists() and not output.is_dir():
         raise ConfigError(f"The output {output} is a file. Name a folder.")
+
+
+def share_weights(folder: Path) -> None:
+    """Make the weights in a folder readable by whoever may read the folder.
+
+    safetensors writes its files for their owner only, whatever the umask; another user, such as
+    that of a service, could then not load the model.
+
+    Args:
+        folder: Where ``save_pretrained`` has written.
+    """
+    readers = folder.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | readers)

@@ -64,12 +64,10 @@ class TensorFiles:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            found = (
-                "it is a file; give the folder that contains it"
-                if folder.exists()
-                else "no such folder"
+            raise CheckpointError(
+                f"Cannot open checkpoint {folder}: {describe_missing_config(folder)}. "
+                "Give a model folder."
             )
-            raise CheckpointError(f"Cannot open checkpoint {folder}: {found}.")
         try:
             names = sorted(path.name for path in folder.iterdir())
         except OSError as error:

@@ -85,6 +85,6 @@ def _print_report(report: CheckReport, verified: int | None) -> None:
     known = sorted(
         {verdict.label.split(",")[0] for verdict in report.verdicts if verdict.evidence == "read"}
     )
-    console.print(f"The limits of {' and '.join(known)} were taken from their source code.")
+    console.print(f"The limits of {' and '.join(known)} were taken from source code.")
     for note in report.notes:
         console.print(f"Note: {note}")

@@ -83,8 +83,13 @@ def read_text(path: Path) -> str:
         Its text.
 
     Raises:
-        ConfigError: There is no such file, or it is not UTF-8.
+        ConfigError: There is no such file, or it is not UTF-8, or JSON lines.
     """
+    if path.suffix.lower() == ".jsonl":
+        raise ConfigError(
+            f"Cannot measure on '{path}': it holds JSON lines, and their keys and braces would be "
+            f"measured as text. Give plain text, for example: jq -r .text {path.name} > text.txt"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.labels import (
+    GGUF_SUFFIX,
     drop_quantization_config,
     name_method,
     read_model_config,
@@ -21,8 +22,6 @@ from halfbyte.convert.gptq import GptqSource
 from halfbyte.convert.mlx import MlxSource
 from halfbyte.convert.source import Source
 from halfbyte.errors import CheckpointError, ConfigError
-
-GGUF_SUFFIX = ".gguf"
 
 
 def open_source(path: Path, base: Path | None = None) -> Source:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.checkpoint.new_folder import check_new_folder
+from halfbyte.checkpoint.new_folder import check_new_folder, share_weights
 from halfbyte.errors import ConfigError, ModelError, VerificationError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import check_adapter, require_peft
@@ -99,6 +99,7 @@ def merge(
     target.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, target)
     merged.save_pretrained(target)
+    share_weights(target)
     del subject, adapted, merged
     release_memory()
     kl = expected.kl_of(open_subject(target, dtype=dtype, device=device).model)

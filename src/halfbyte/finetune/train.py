@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.identity import digest_files
-from halfbyte.checkpoint.new_folder import check_outside
+from halfbyte.checkpoint.new_folder import check_outside, share_weights
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError, DataError, ModelError
 from halfbyte.evaluate.loading import Subject
@@ -275,6 +275,7 @@ class _Run:
         if self.adapter.variant == QALORA:
             equalize_columns(model)
         model.save_pretrained(self.output)
+        share_weights(self.output)
         kept = state.best_global_step if self.data.validation is not None else state.global_step
         report = TrainReport(
             model=self.name,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from halfbyte.checkpoint.layout import CONFIG_FILES
+from halfbyte.checkpoint.new_folder import share_weights
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.auto_gptq_config import (
     IGNORED_FLAGS,
@@ -261,6 +262,7 @@ class AutoGPTQForCausalLM:
                 shutil.copytree(self.source, target, dirs_exist_ok=True)
         else:
             self._model.save_pretrained(target)
+            share_weights(target)
             labels = self._model.config.quantization_config.to_dict()
             text = json.dumps(labels, indent=2) + "\n"
             (target / CONFIG_FILES[0]).write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from halfbyte.checkpoint.labels import describe_missing_config, read_labels
 from halfbyte.checkpoint.layout import CONFIG_FILES, METHOD
 from halfbyte.checkpoint.safe_path import check_model_file
+from halfbyte.checkpoint.shards import explain_missing_weights
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.evaluate.loading import explain_loading
 from halfbyte.integrations.activations import round_activations
@@ -113,13 +114,15 @@ def load_model(
 
     Raises:
         ConfigError: There is no such folder or device, or no layer supports int8 activations.
-        CheckpointError: The folder lacks tensors, or is damaged.
+        CheckpointError: The folder lacks tensors, is damaged, or has its weights only in pickles.
         ModelError: Transformers cannot load it, for example because it needs another package.
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"Cannot load '{folder}': {describe_missing_config(folder)}. Give a model folder."
         )
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(explain_missing_weights(folder))
     # Transformers' progress bar would mix with the command's output.
     logging.disable_progress_bar()
     place = resolve_device(device)

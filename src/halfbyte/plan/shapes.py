@@ -166,7 +166,9 @@ def read_shapes(model: str | Path) -> ModelShapes:
     except OSError as error:
         raise ConfigError(f"Cannot read '{path}': {error.strerror}.") from error
     except ValueError as error:
-        raise ConfigError(f"'{path}' is not JSON: {error}.") from error
+        raise ConfigError(
+            f"'{path}' is not JSON: {error}. Give a model's config.json, or the folder with it."
+        ) from error
     if not isinstance(values, dict):
         raise ConfigError(f"'{path}' does not hold a JSON object. Give a model's config.json.")
     return parse_config(values, name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from halfbyte.checkpoint.labels import describe_missing_config
 from halfbyte.errors import ConfigError, JournalError, ModelError, first_line
 from halfbyte.model.blocks import linear_weight, quantizable_linears
 from halfbyte.model.experts import find_fused_experts
@@ -84,7 +85,12 @@ def find_model(
 
 def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
     name = str(model)
-    if Path(model).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if Path(model).exists():
+        found = describe_missing_config(Path(model))
+        raise ModelError(
+            f"Cannot use {model} as a model: {found}. Give a Hugging Face model folder."
+        )
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"There is no model folder {model}. Give a Hugging Face model folder, or a name on the "
             "Hub such as org/model."

@@ -124,7 +124,6 @@ class RequestLog:
         self._has_reported = False
         """Whether the current failure to write has been logged."""
         try:
-            path.touch(mode=0o600, exist_ok=True)
             self._connect().close()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
@@ -135,6 +134,8 @@ class RequestLog:
         self._thread.start()
 
     def _connect(self) -> sqlite3.Connection:
+        self._path.touch(mode=0o600, exist_ok=True)
+        self._inode = self._path.stat().st_ino
         connection = sqlite3.connect(self._path, timeout=5.0)
         connection.execute("pragma journal_mode = wal")
         connection.execute("pragma synchronous = normal")
@@ -143,6 +144,15 @@ class RequestLog:
         connection.execute(TABLE)
         connection.commit()
         return connection
+
+    def _close_if_moved(self, connection: sqlite3.Connection) -> sqlite3.Connection | None:
+        """Close a file that was moved away or deleted, as by logrotate, with all its rows in it."""
+        if self._path.exists() and self._path.stat().st_ino == self._inode:
+            return connection
+        # Closing alone would leave the rows in a write-ahead log whose file is elsewhere now.
+        connection.execute("pragma wal_checkpoint(truncate)")
+        connection.close()
+        return None
 
     def observe(self, observation: Observation) -> None:
         """Queue a finished request; does not block."""
@@ -195,6 +205,8 @@ class RequestLog:
                 rows.append(self._queue.get_nowait())
             batch = [row for row in rows if row is not None]
             try:
+                if connection is not None:
+                    connection = self._close_if_moved(connection)
                 connection = connection or self._connect()
                 self._write(connection, [redact_row(row) for row in batch])
                 self._has_reported = False
