@@ -263,7 +263,8 @@ def save(results: dict[str, dict[str, Any]], merged: str) -> None:
         columns=["outcome", "families", "which"],
         rows=[[OUTCOMES[o], len(f), ", ".join(f)] for o, f in by_outcome.items() if f],
         note=f"all {len(results)} model types of Transformers {transformers.__version__}; 4 bits, "
-        f"groups of 32, random weights and tokens; logits equal within {TOLERANCE} of the largest{merged}",
+        f"groups of 32, random weights and tokens; logits equal within {TOLERANCE} of the largest"
+        f"{merged}",
         data=results,
     )
     save_result(
