@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfbyte.integrations.load import load_model
 from halfbyte.integrations.speed import measure_apart, measure_speed
-from halfbyte.machine.waiting import SPIN_ROUNDS
+from halfbyte.machine.threads import SPIN_ROUNDS
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
 from halfbyte.quantize.pipeline import quantize
 from record import save_result

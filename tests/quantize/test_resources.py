@@ -150,15 +150,15 @@ def test_plan_in_words(weights: ModelWeights) -> None:
     assert "for the checkpoint, 134.2 MB while it runs" in disk
     assert time.startswith("time    at least ")
     assert f"on {torch.get_num_threads()} threads" in time
+    tight, *_ = plan(weights, memory="1MB").lines()
+    assert "of 1.0 MB; more than allowed, so the system may end the run; " in tight
+    assert "more than allowed" not in memory
 
 
 def test_default_budget_is_a_fraction_of_free_memory(
     weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Memory:
-        available = 10 * 10**9
-
-    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(resources, "available_memory_bytes", lambda: 10 * 10**9)
     found = plan(weights)
     assert 0 < found.budget_bytes <= 6 * 10**9
     assert found.settings.reasons[0] == "60% of the free memory"

@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 from halfbyte.cli.output import err_console
 from halfbyte.environment import VARIABLES, read_variable
 from halfbyte.errors import ConfigError, HalfbyteError
-from halfbyte.machine.waiting import limit_spinning
+from halfbyte.machine.threads import configure_threads
 from halfbyte.version import __version__
 
 VERBS = {
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Print "?" for characters that the terminal's encoding lacks, instead of failing.
         sys.stdout.reconfigure(errors="replace")
-    limit_spinning()
+    configure_threads()
     arguments = join_verb(list(sys.argv[1:] if argv is None else argv))
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in VERBS:

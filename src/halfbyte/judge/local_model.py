@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from halfbyte.environment import KERNEL, read_variable
 from halfbyte.evaluate.loading import Subject
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.questions import Question
+from halfbyte.machine.limits import available_memory_bytes
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import dequantize_linears
 
@@ -314,7 +314,7 @@ def unpack_reference_linears(model: nn.Module) -> str | None:
     dtype = slow[0].spec.dtype
     size = sum(m.in_features * m.out_features for m in slow) * dtype.itemsize
     device = slow[0].scales.device
-    if device.type != "cpu" or size > psutil.virtual_memory().available * MAX_DENSE_SHARE:
+    if device.type != "cpu" or size > available_memory_bytes() * MAX_DENSE_SHARE:
         return None
     dequantize_linears(model, dtype)
     return (

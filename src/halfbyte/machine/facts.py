@@ -7,6 +7,7 @@ import os
 import platform
 from pathlib import Path
 
+from halfbyte.machine.limits import usable_processors
 from halfbyte.units import format_bytes
 from halfbyte.version import __version__
 
@@ -33,19 +34,13 @@ def machine_facts() -> dict[str, str]:
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor_name(),
-        "cores": str(_usable_cores()),
+        "cores": str(usable_processors()),
         "threads": str(torch.get_num_threads()),
         "memory": format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _processor_name() -> str:

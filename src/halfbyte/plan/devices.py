@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from halfbyte.errors import ConfigError
+from halfbyte.machine.limits import available_memory_bytes
 from halfbyte.plan.memory import BITS, Load, MemoryPlan, plan_memory
 from halfbyte.plan.shapes import ModelShapes
 
@@ -94,9 +95,7 @@ def usual_devices() -> list[Device]:
 
 def this_machine() -> Device:
     """Return this machine, with the memory that is available now."""
-    import psutil
-
-    return Device(name="this machine", bytes=int(psutil.virtual_memory().available))
+    return Device(name="this machine", bytes=available_memory_bytes())
 
 
 def fit_devices(shapes: ModelShapes, load: Load, devices: Sequence[Device]) -> list[Fit]:

@@ -42,6 +42,7 @@ from halfbyte.quantize.probe import (
     KEPT_LOGITS,
     Probe,
     ProbeTrace,
+    WindowLogits,
     compute_logits,
     measure_quality,
 )
@@ -102,7 +103,8 @@ class Attempt:
         self.stream = BlockStream(weights.model, weights.blocks, settings.torch_dtype)
         for index, entry in enumerate(self.journal.blocks):
             self.stream.output_sizes[index] = entry["output_size"]
-        self._base_logits: list[Tensor] = []
+        self._base_logits: WindowLogits | None = None
+        """Of all windows, if the tail that computed them is about to change."""
 
     def run(self) -> QuantizationReport:
         """Do everything that is not finished yet.
@@ -212,7 +214,7 @@ class Attempt:
         with self.meter.timed("end to end"):
             # Before training, which also changes the norm and head behind the last block.
             if states.has_base:
-                self._base_logits = self._logits(states, BASE_PROBE)
+                self._keep_base_logits(states)
             return tune_end_to_end(
                 self.weights,
                 self.stream,
@@ -233,11 +235,10 @@ class Attempt:
     ) -> QuantizationReport:
         """Measure quality, write the remaining files, verify the checkpoint, and report."""
         quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
-        base_logits = self._base_logits
-        if walk.states.has_base and not base_logits:
-            base_logits = self._logits(walk.states, BASE_PROBE)
         head: list[RoundedLinear] = []
         if self.config.lm_head:
+            if walk.states.has_base and self._base_logits is None:
+                self._keep_base_logits(walk.states)
             self.progress.phase("quantizing the head")
             head, notes = round_head(walk, quantized[CALIBRATION])
             self.notes += notes
@@ -248,10 +249,12 @@ class Attempt:
         self.progress.phase("measuring quality")
         logits = self._logits(walk.states, quantized[PROBE])
         quality = None
-        if base_logits:
-            quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
-        kept_logits = logits[0][-KEPT_LOGITS:].clone()
-        del base_logits, logits
+        with self.meter.timed("quality"):
+            if walk.states.has_base:
+                base_logits = self._base_logits or self._logits(walk.states, BASE_PROBE)
+                quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
+            kept_logits = logits(0)[-KEPT_LOGITS:].clone()
+        self._base_logits = None
         shards = self._write_rest(
             summary, head, outside or partial(self._write_outside, head, tuning.outside)
         )
@@ -290,12 +293,16 @@ class Attempt:
             check_bytes(output, sums, device)
             check_outputs(output, self.probe, trace, kept_logits, dtype, device)
 
-    def _logits(self, states: RunStates, stream: str) -> list[Tensor]:
-        """Compute a model's logits on the probe text: [tokens, vocabulary] per window."""
-        hidden, device = states.at(stream, self.num_blocks), self.weights.device
-        held = self.settings.hold_states
+    def _keep_base_logits(self, states: RunStates) -> None:
+        logits = self._logits(states, BASE_PROBE)
         with self.meter.timed("quality"):
-            return compute_logits(self.stream, self.probe, hidden, device, keep_on_device=held)
+            kept = [logits(window).cpu() for window in range(len(self.probe.ids))]
+        self._base_logits = kept.__getitem__
+
+    def _logits(self, states: RunStates, stream: str) -> WindowLogits:
+        """Return a function that computes a model's logits of a window with the tail as it is."""
+        hidden = states.at(stream, self.num_blocks).read(0)
+        return partial(compute_logits, self.stream, self.probe, hidden, self.weights.device)
 
     def _make_report(
         self, summary: ModuleSummary, quality: QualityReport | None, checkpoint_bytes: int

@@ -8,6 +8,7 @@ reference outputs for checking the saved checkpoint.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ WINDOWS = 8
 WINDOW = 512
 KEPT_LOGITS = 32
 """Last positions whose logits are kept for the reload check, to save memory."""
+
+
+WindowLogits = Callable[[int], Tensor]
+"""Returns a model's logits [tokens, vocabulary] of one window of the probe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,56 +130,45 @@ def run_tail(stream: BlockStream, ids: Tensor, states: Tensor) -> Tensor:
 
 
 def compute_logits(
-    stream: BlockStream,
-    probe: Probe,
-    states: HiddenStates,
-    device: torch.device,
-    *,
-    keep_on_device: bool,
-) -> list[Tensor]:
-    """Run the tail on every window of the probe.
+    stream: BlockStream, probe: Probe, states: Tensor, device: torch.device, window: int
+) -> Tensor:
+    """Run the tail on one window of the probe, because logits are as wide as the vocabulary.
 
     Args:
         stream: The stream, not positioned at any block.
         probe: The probe.
-        states: Output of the last block.
+        states: Output of the last block, [windows, tokens, hidden].
         device: Device to compute on.
-        keep_on_device: Keep the logits on the device instead of moving them to the CPU.
+        window: Index of the window.
 
     Returns:
-        [tokens, vocabulary] per window.
+        [tokens, vocabulary] on the device.
     """
-    hidden = states.read(0).to(device)
-    results = []
+    part = slice(window, window + 1)
     with stream.at(len(stream.blocks.modules)):
-        # One window at a time, because logits are as wide as the vocabulary.
-        windows = zip(torch.split(probe.ids, 1), torch.split(hidden, 1), strict=True)
-        for ids, window in windows:
-            logits = run_tail(stream, ids.to(device), window)[0]
-            results.append(logits if keep_on_device else logits.cpu())
-    return results
+        return run_tail(stream, probe.ids[part].to(device), states[part].to(device))[0]
 
 
 def measure_quality(
-    probe: Probe,
-    base_logits: list[Tensor],
-    quantized_logits: list[Tensor],
-    device: torch.device,
+    probe: Probe, base_logits: WindowLogits, quantized_logits: WindowLogits, device: torch.device
 ) -> QualityReport:
-    """Compare the logits of both models window by window.
+    """Compare the logits of both models; those of one window are in memory at a time.
 
     Args:
         probe: Held-out windows.
-        base_logits: [tokens, vocabulary] per window.
-        quantized_logits: The same for the quantized model.
+        base_logits: Of the base model.
+        quantized_logits: Of the quantized model.
         device: Device to compute on.
 
     Returns:
         Perplexities, divergence and agreement.
     """
     accumulator = DivergenceAccumulator()
-    for ids, base, quantized in zip(probe.ids, base_logits, quantized_logits, strict=True):
-        accumulator.update(base[:-1].to(device), quantized[:-1].to(device), ids[1:])
+    for window, ids in enumerate(probe.ids):
+        base, quantized = base_logits(window)[:-1], quantized_logits(window)[:-1]
+        accumulator.update(base.to(device), quantized, ids[1:])
+        # Before the next window's are computed.
+        del base, quantized
     return QualityReport.from_divergence(
         accumulator.result(), text=probe.text, text_digest=probe.text_digest
     )

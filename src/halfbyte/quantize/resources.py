@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 
 from halfbyte.errors import ConfigError
 from halfbyte.machine.arithmetic import has_fast_bf16
+from halfbyte.machine.limits import available_memory_bytes
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.block_sizes import Sizes, measure_sizes
@@ -103,9 +103,12 @@ class RunPlan:
     def lines(self) -> tuple[str, ...]:
         """Describe the plan, one fact per line."""
         settings = self.settings
+        excess: tuple[str, ...] = ()
+        if self.memory_bytes > self.budget_bytes:
+            excess = ("more than allowed, so the system may end the run",)
         return (
             f"memory  {format_bytes(self.memory_bytes)} of {format_bytes(self.budget_bytes)}; "
-            + "; ".join(settings.reasons),
+            + "; ".join((*excess, *settings.reasons)),
             f"disk    {format_bytes(self.output_bytes)} for the checkpoint, "
             f"{format_bytes(self.work_bytes)} while it runs",
             f"time    at least {format_seconds(self.seconds)} "
@@ -383,11 +386,8 @@ def _resolve_budget(requested: str | None, device: torch.device) -> tuple[int, s
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * FREE_MEMORY_SHARE), f"{FREE_MEMORY_SHARE:.0%} of the GPU's free memory"
-    free = psutil.virtual_memory().available
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
-        free = min(free, int(text))
-    return int(free * FREE_MEMORY_SHARE), f"{FREE_MEMORY_SHARE:.0%} of the free memory"
+    free = int(available_memory_bytes() * FREE_MEMORY_SHARE)
+    return free, f"{FREE_MEMORY_SHARE:.0%} of the free memory"
 
 
 def _outside_bytes(weights: ModelWeights) -> int:
