@@ -82,9 +82,12 @@ def main() -> None:
     if options.families and not options.merge:
         return
     path = RESULTS / "families.json"
+    merged = ""
     if options.merge and path.exists():
-        results = {**json.loads(path.read_text())["data"], **results}
-    save({family: results[family] for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+        saved = json.loads(path.read_text())
+        merged = f"; all but {len(results)} rows by `{saved['command']}` at {saved['commit']}"
+        results = {**saved["data"], **results}
+    save({family: results[family] for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}, merged)
 
 
 def measure_apart(context: Any, family: str, memory_gb: float, seconds: float) -> dict[str, Any]:
@@ -252,7 +255,7 @@ def pattern(name: str) -> str:
     return re.sub(r"\b\d+\b", "*", name)
 
 
-def save(results: dict[str, dict[str, Any]]) -> None:
+def save(results: dict[str, dict[str, Any]], merged: str) -> None:
     """Save counts by outcome, the reasons of those that are not equal, and what was left out."""
     by_outcome = {o: [f for f, r in results.items() if r["outcome"] == o] for o in OUTCOMES}
     save_result(
@@ -260,7 +263,8 @@ def save(results: dict[str, dict[str, Any]]) -> None:
         columns=["outcome", "families", "which"],
         rows=[[OUTCOMES[o], len(f), ", ".join(f)] for o, f in by_outcome.items() if f],
         note=f"all {len(results)} model types of Transformers {transformers.__version__}; 4 bits, "
-        f"groups of 32, random weights and tokens; logits equal within {TOLERANCE} of the largest",
+        f"groups of 32, random weights and tokens; logits equal within {TOLERANCE} of the largest"
+        f"{merged}",
         data=results,
     )
     save_result(
