@@ -7,9 +7,10 @@ import json
 import re
 
 import pytest
+import torch
 from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 from tests.helpers.tiny_llama import build_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from halfbyte.cli.main import main
 from halfbyte.integrations.generation import TextStream
@@ -181,9 +182,12 @@ def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert "it has no config.json. Give a model folder" in capsys.readouterr().err
 
 
-def test_a_model_in_pickles_is_refused(folder, capsys):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert main(["generate", str(folder), "--prompt", "w1"]) == 1
+def test_an_unquantized_model_in_pickles_is_refused(tmp_path, capsys):
+    model = LlamaForCausalLM(tiny_llama_config())
+    model.config.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")  # Transformers would load it
+    assert main(["generate", str(tmp_path), "--prompt", "w1"]) == 1
     assert "its weights are stored only as pickles (pytorch_model.bin)" in capsys.readouterr().err
 
 
