@@ -1,6 +1,6 @@
 """Measure quantizing and generating beside busy processes, for ways in which threads wait.
 
-    python bench/measure_busy_machine.py QUANTIZED [--busy 0 1 2 4] [--rounds 3]
+    python bench/measure_busy_machine.py QUANTIZED [--busy 0 2] [--rounds 3]
 
 The environment says how long threads spin before they sleep; OpenMP reads it once, so each run has
 a process of its own. Arms run in turn. A busy process computes without end and takes one core, if
@@ -36,7 +36,7 @@ ARMS = {
     "not spinning": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-SAMPLES, LENGTH, BLOCKS = 24, 512, 4
+SAMPLES, LENGTH, BLOCKS = 12, 512, 4
 NEW_TOKENS = 32
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="quantized model that generates")
-    parser.add_argument("--busy", type=int, nargs="*", default=[0, 1, 2, 4])
+    parser.add_argument("--busy", type=int, nargs="*", default=[0, os.cpu_count() or 1])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry-run", action="store_true", help="print without saving")
     arguments = parser.parse_args()
