@@ -8,6 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from halfbyte.errors import ModelError
+
 NEW_NAME, OLD_NAME = "cache", "past_key_values"
 
 
@@ -17,5 +19,20 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def cache_of(output: ModelOutput) -> Any:
-    """Return the cache in a model's output; a KeyError if there is none."""
-    return output[NEW_NAME if NEW_NAME in output else OLD_NAME]
+    """Return the cache in a model's output.
+
+    Args:
+        output: Of a forward pass that was asked for the cache.
+
+    Returns:
+        The cache.
+
+    Raises:
+        ModelError: The model has none.
+    """
+    for name in (NEW_NAME, OLD_NAME):
+        if name in output:
+            return output[name]
+    raise ModelError(
+        "The model returns no KV cache, which is needed here. Use one that generates with a cache."
+    )

@@ -136,9 +136,13 @@ def sample_layers(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     name = type(model).__name__
     device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
-        cache = cache_of(model(torch.tensor([[1]], device=device), use_cache=True))
+        output = model(torch.tensor([[1]], device=device), use_cache=True)
+    try:
+        layers = getattr(cache_of(output), "layers", [])
+    except ModelError:
+        layers = []
     found: list[tuple[Tensor, Tensor]] = []
-    for index, layer in enumerate(getattr(cache, "layers", [])):
+    for index, layer in enumerate(layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         shapes = [tuple(t.shape) for t in (keys, values) if isinstance(t, Tensor)]
         if keys is None or values is None or any(len(s) != 4 or s[2] != 1 for s in shapes):

@@ -296,6 +296,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention, each piece over its own sequence; the signature is Transformers'.
@@ -309,6 +310,7 @@ def attend(
         scaling: Factor of the scores.
         sliding_window: Max number of positions to attend to, including the token's own.
         softcap: Bound of the scores, applied with tanh.
+        s_aux: Attention sinks [heads]: the score of one more position, whose value is 0.
         **keywords: Contains the step.
 
     Returns:
@@ -330,7 +332,7 @@ def attend(
         values = _gather(step.pages.values[layer], table, length)
         mask = _make_mask(last - first, length, sliding_window, query.device)
         part = query[:, :, first:last]
-        outputs.append(_attend_one(part, keys, values, mask, scaling, softcap))
+        outputs.append(_attend_one(part, keys, values, mask, scaling, softcap, s_aux))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -361,8 +363,9 @@ def _attend_one(
     mask: Tensor | None,
     scaling: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    if softcap is None:
+    if softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
         )
@@ -371,7 +374,12 @@ def _attend_one(
     scores = (
         query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     )
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.softmax(scores.float(), dim=-1).to(query.dtype) @ values
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores.float(), dim=-1)[..., : values.shape[2]]
+    return weights.to(query.dtype) @ values
