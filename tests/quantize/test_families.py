@@ -25,20 +25,26 @@ from halfbyte.model.blocks import find_blocks, quantizable_linears, set_linear_w
 from halfbyte.model.experts import unfuse_experts
 from halfbyte.model.naming import module_key_map
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize.report import QuantizationReport
 
 CALIBRATION = CalibrationConfig(samples=8, length=48, batch_size=4)
+
+
+def _quantize(folder: Path, resources: ResourceConfig | None = None) -> QuantizationReport:
+    return halfbyte.quantize(
+        folder / "base",
+        folder / "out",
+        config=QuantConfig(group_size=32),
+        calibration=CALIBRATION,
+        text=token_lists(),
+        resources=resources,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_model_computes_with_the_dequantized_weights(family: str, tmp_path: Path) -> None:
     base = write_family(tmp_path / "base", family)
-    report = halfbyte.quantize(
-        tmp_path / "base",
-        tmp_path / "out",
-        config=QuantConfig(group_size=32),
-        calibration=CALIBRATION,
-        text=token_lists(),
-    )
+    report = _quantize(tmp_path)
     ids = torch.tensor(token_lists(2, 24, seed=2))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     unfuse_experts(base)
@@ -65,14 +71,7 @@ def test_model_computes_in_another_dtype_than_stored(
 ) -> None:
     model = build_family(family, num_hidden_layers=1)
     model.to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
-    report = halfbyte.quantize(
-        tmp_path / "base",
-        tmp_path / "out",
-        config=QuantConfig(group_size=32),
-        calibration=CalibrationConfig(samples=2, length=24),
-        text=token_lists(2, 24),
-        resources=ResourceConfig(dtype=computing),
-    )
+    report = _quantize(tmp_path, ResourceConfig(dtype=computing))
     assert len(report.modules) >= 4
 
 
@@ -95,13 +94,7 @@ def test_block_that_needs_more_than_hidden_states_is_refused_after_the_first(
         match=r"Cannot stream model\.layers\.4: it does not run without the blocks before it "
         r"\(KeyError: 'sliding_attention'\)\. It may need more .* keys and values",
     ):
-        halfbyte.quantize(
-            tmp_path / "base",
-            tmp_path / "out",
-            config=QuantConfig(group_size=32),
-            calibration=CalibrationConfig(samples=2, length=24),
-            text=token_lists(2, 24),
-        )
+        _quantize(tmp_path)
     shards = [path.name for path in (tmp_path / "out").glob("*.safetensors")]
     assert "model-00002-of-00007.safetensors" not in shards
 
@@ -131,13 +124,7 @@ def test_block_that_takes_a_choice_of_tokens_from_another_is_refused(tmp_path: P
         match=r"Cannot stream model\.layers\.2: it does not run without the blocks before it "
         r"\(ValueError: Shared DSA layers require top-k indices",
     ):
-        halfbyte.quantize(
-            tmp_path / "base",
-            tmp_path / "out",
-            config=QuantConfig(group_size=32),
-            calibration=CalibrationConfig(samples=2, length=24),
-            text=token_lists(2, 24),
-        )
+        _quantize(tmp_path)
 
 
 def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: Path) -> None:
@@ -147,13 +134,7 @@ def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: P
         ModelError,
         match=r"model\.L_module\.layers: the model runs block 0 after blocks \[0, 1\], but every",
     ):
-        halfbyte.quantize(
-            tmp_path / "base",
-            tmp_path / "out",
-            config=QuantConfig(group_size=32),
-            calibration=CALIBRATION,
-            text=token_lists(),
-        )
+        _quantize(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +166,7 @@ def test_model_that_cannot_be_streamed_is_refused_with_a_reason(
 ) -> None:
     write_family(tmp_path / "base", family, **changes)
     with pytest.raises(ModelError, match=message):
-        halfbyte.quantize(
-            tmp_path / "base",
-            tmp_path / "out",
-            config=QuantConfig(group_size=32),
-            calibration=CALIBRATION,
-            text=token_lists(),
-        )
+        _quantize(tmp_path)
 
 
 def test_model_that_leaves_out_blocks_for_text_is_refused(tmp_path: Path) -> None:
@@ -220,13 +195,7 @@ def test_model_that_leaves_out_blocks_for_text_is_refused(tmp_path: Path) -> Non
     config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=127)
     MllamaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match=r"for text, the model runs only 2 of its 3 blocks"):
-        halfbyte.quantize(
-            tmp_path / "base",
-            tmp_path / "out",
-            config=QuantConfig(group_size=32),
-            calibration=CALIBRATION,
-            text=token_lists(),
-        )
+        _quantize(tmp_path)
 
 
 def _assert_every_linear_is_accounted_for(
