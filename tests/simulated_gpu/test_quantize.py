@@ -107,6 +107,19 @@ def test_resumed_run_with_states_on_the_device(tmp_path, monkeypatch):
     assert bytes_of(tmp_path / "cuda") == bytes_of(tmp_path / "cpu")
 
 
+def test_memory_is_planned_before_weights_are_on_the_device(tmp_path, monkeypatch):
+    resolve, loaded = running.resolve_resources, []
+
+    def resolve_and_look(weights, *arguments):
+        loaded.extend(n for n, p in weights.model.named_parameters() if not p.is_meta)
+        return resolve(weights, *arguments)
+
+    monkeypatch.setattr(running, "resolve_resources", resolve_and_look)
+    write_decided_family(tmp_path / "base", num_hidden_layers=1)
+    run(tmp_path, "cuda", FAST)
+    assert not loaded, "counted in the free memory and in the plan, and left out of the limit"
+
+
 def test_rotated_model(tmp_path):
     write_decided_family(tmp_path / "base")
     for device in ("cpu", "cuda"):

@@ -20,7 +20,7 @@ from torch import Tensor
 from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
 from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG
-from halfbyte.checkpoint.new_folder import check_new_folder
+from halfbyte.checkpoint.output_folder import check_new_folder
 from halfbyte.checkpoint.shards import SINGLE_FILE
 from halfbyte.checkpoint.write import (
     LABEL_FILE,

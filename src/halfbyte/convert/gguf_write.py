@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from halfbyte.checkpoint.new_folder import check_new_folder
+from halfbyte.checkpoint.output_folder import check_new_folder
 from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.folder import Written
 from halfbyte.convert.gguf_architecture import EMBEDDING, HEAD, Architecture, find_architecture

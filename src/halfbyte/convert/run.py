@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.new_folder import check_outside
+from halfbyte.checkpoint.output_folder import check_outside
 from halfbyte.convert.awq import AwqTarget
 from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.compressed_tensors import CompressedTensorsTarget

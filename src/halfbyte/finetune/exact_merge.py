@@ -27,7 +27,7 @@ from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
 from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.labels import read_model_config
 from halfbyte.checkpoint.layout import OFFSETS, OWN_METHOD
-from halfbyte.checkpoint.new_folder import check_new_folder
+from halfbyte.checkpoint.output_folder import check_new_folder
 from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
 from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import write_configs, write_index, write_shard

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.checkpoint.new_folder import check_new_folder, share_weights
+from halfbyte.checkpoint.output_folder import check_new_folder, share_weights
 from halfbyte.errors import ConfigError, ModelError, VerificationError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import check_adapter, require_peft

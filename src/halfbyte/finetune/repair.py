@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.checkpoint.new_folder import check_new_folder, share_weights
+from halfbyte.checkpoint.output_folder import check_new_folder, share_weights
 from halfbyte.errors import ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import attach_adapter, require_peft

@@ -21,7 +21,7 @@ from typing import Any
 
 from halfbyte.checkpoint.identity import name_folder
 from halfbyte.checkpoint.labels import read_labels
-from halfbyte.checkpoint.new_folder import check_outside
+from halfbyte.checkpoint.output_folder import check_outside
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.loading import load_tokenizer, open_subject

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.identity import digest_files
-from halfbyte.checkpoint.new_folder import check_outside, share_weights
+from halfbyte.checkpoint.output_folder import check_outside, share_weights
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError, DataError, ModelError
 from halfbyte.evaluate.loading import Subject

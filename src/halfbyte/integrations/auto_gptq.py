@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from halfbyte.checkpoint.layout import CONFIG_FILES
-from halfbyte.checkpoint.new_folder import share_weights
+from halfbyte.checkpoint.output_folder import share_weights
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.auto_gptq_config import (
     IGNORED_FLAGS,

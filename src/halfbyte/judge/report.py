@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from halfbyte.checkpoint.atomic import write_atomically
-from halfbyte.checkpoint.new_folder import check_outside
+from halfbyte.checkpoint.output_folder import check_outside
 from halfbyte.errors import ConfigError
 from halfbyte.jsonable import to_jsonable
 from halfbyte.judge.comparison import Comparison

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.checkpoint.companions import find_companions
-from halfbyte.checkpoint.new_folder import check_outside
+from halfbyte.checkpoint.output_folder import check_outside
 from halfbyte.config_fields import check_config
 from halfbyte.errors import CheckpointError
 from halfbyte.machine.devices import resolve_device

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.checkpoint.new_folder import check_new_folder
+from halfbyte.checkpoint.output_folder import check_new_folder
 from halfbyte.checkpoint.write import shard_name, write_index, write_json, write_shard
 from halfbyte.errors import ModelError
 from halfbyte.machine.devices import resolve_device

@@ -201,21 +201,31 @@ class Run:
             )
             return settings
         lengths = [len(sequence) for sequence in tokens.sequences]
-        self.weights.load_outside()
-        stream = BlockStream(self.weights.model, self.weights.blocks, self.weights.dtype)
         plan = resolve_resources(
             self.weights,
             self.resources,
             self.calibration,
             self.config,
             lengths,
-            math.prod(stream.token_shape),
+            self._count_state_numbers(),
         )
         self._note_fallbacks(plan.settings)
         self.progress.started((*plan.lines(), *tokens.notes, *self.notes))
         plan.check_disk(self.journal.folder)
         self.journal.start({"inputs": inputs, SETTINGS: plan.settings.to_dict()})
         return plan.settings
+
+    def _count_state_numbers(self) -> int:
+        """Count the numbers per token between blocks.
+
+        On the CPU, where weights are memory-mapped: what lay on a GPU before its memory is planned
+        would be counted twice, and left out of its limit.
+        """
+        cpu = torch.device("cpu")
+        weights = self.weights if self.device == cpu else ModelWeights(self.source, cpu)
+        weights.load_outside()
+        stream = BlockStream(weights.model, weights.blocks, weights.dtype)
+        return math.prod(stream.token_shape)
 
     def _note_fallbacks(self, settings: RunSettings) -> None:
         device, dtype = self.weights.device, settings.torch_dtype

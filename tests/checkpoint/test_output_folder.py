@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.checkpoint.new_folder import share_weights
+from halfbyte.checkpoint.output_folder import share_weights
 
 
 @pytest.mark.parametrize(
